@@ -1,0 +1,99 @@
+"""What every op shares: the choice of a backend, and registration with torch.library."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scale"]
+
+LIBRARY = torch.library.Library("zoo", "DEF")
+
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def resolve_scale(scale: float | None, dim: int) -> float:
+    """The softmax scale: dim ** -0.5 unless one is given."""
+    return 1.0 / math.sqrt(dim) if scale is None else float(scale)
+
+
+def resolve_backend(op: str, backend: str | None, x: Tensor, unavailable: dict[str, str]) -> str:
+    """Name the path that runs `op` on a tensor like x: "reference", "cpu" or "triton".
+
+    Args:
+        op: public name of the op, for messages.
+        backend: the caller's choice; None takes Triton on a GPU, the CPU path on a CPU, the reference otherwise.
+        x: a tensor on the device of the call.
+        unavailable: backend -> the reason it cannot run this call; backends that are absent from it can run.
+
+    Raises:
+        ValueError: the name is no backend.
+        RuntimeError: a named backend cannot run this call; the message gives the reason.
+    """
+    if backend is None:
+        preferred = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
+        return preferred if preferred not in unavailable else "reference"
+    require(
+        backend in ("reference", "cpu", "triton"),
+        f"{op}: unknown backend {backend!r}; choose 'reference', 'cpu', 'triton' or None",
+    )
+    reasons = dict(unavailable)
+    if backend == "cpu" and x.device.type not in ("cpu", "meta"):
+        reasons.setdefault("cpu", f"the tensors are on {x.device}")
+    if backend in reasons:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reasons[backend]}")
+    return backend
+
+
+def register_op(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: bool = True,
+    tags: Sequence[torch.Tag] = (),
+) -> Any:
+    """Define `zoo::<schema>` and return its default overload.
+
+    Args:
+        schema: e.g. "neighborhood_attention(Tensor q, ..., str backend) -> (Tensor, Tensor)".
+        impl: the kernel for every device; it receives real tensors with no autograd history.
+        fake: returns empty tensors of the right shape, stride and dtype for FakeTensor and meta.
+        setup_context, backward: as for torch.library.register_autograd; leave both out for an op with no gradient.
+        autocast: cast all floating tensor arguments to the autocast dtype inside an autocast region.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=tuple(tags))
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zoo::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.zoo, name).default
+    if backward is not None:
+        torch.library.register_autograd(f"zoo::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if autocast:
+        for device, key in _AUTOCAST_KEYS.items():
+            LIBRARY.impl(name, _autocast_rule(op, device, key), key.name, with_keyset=False)
+    return op
+
+
+def _autocast_rule(op: Any, device: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(*(_cast(a, dtype, device) for a in args))
+
+    return rule
+
+
+def _cast(x: Any, dtype: torch.dtype, device: str) -> Any:
+    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
+    return x.to(dtype) if eligible else x

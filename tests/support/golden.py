@@ -1,0 +1,58 @@
+"""Reading the recorded outputs of the original implementations (tests/goldens; its README says where they come from)."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+
+_spec = importlib.util.spec_from_file_location("golden_fill", GOLDENS / "fill.py")
+assert _spec is not None and _spec.loader is not None
+_fill = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fill)
+
+
+def npz(name: str) -> dict[str, Any]:
+    """The arrays of tests/goldens/<name>, e.g. "nat/nat_mini.224x224.npz"; numeric ones as tensors."""
+    with np.load(GOLDENS / name, allow_pickle=False) as data:
+        arrays = {k: data[k] for k in data.files}
+    return {k: torch.from_numpy(v) if v.dtype.kind in "fiub" and v.ndim else v[()] for k, v in arrays.items()}
+
+
+def keys(name: str) -> list[tuple[str, list[int], str]]:
+    """The original state_dict's entries of tests/goldens/<name>.keys.json."""
+    return [tuple(item) for item in json.loads((GOLDENS / f"{name}.keys.json").read_text())]
+
+
+def filled(name: str, adjust: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """A state_dict with the original's keys, every tensor determined by its key alone (see goldens/fill.py)."""
+    weights: dict[str, Tensor] = _fill.fill_state_dict(keys(name))
+    return {k: adjust(k, v) for k, v in weights.items()} if adjust else weights
+
+
+def save_checkpoint(path: Path, state_dict: Mapping[str, Tensor], wrapper: str | None) -> str:
+    """Write a state_dict the way the published file is wrapped; the path as a string."""
+    torch.save(dict(state_dict) if wrapper is None else {wrapper: dict(state_dict)}, path)
+    return str(path)
+
+
+def image(height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The input that every recorded model output was computed from."""
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def samples(x: Tensor, indices: Iterable[int] | Tensor) -> Tensor:
+    """The values of an NCHW tensor at recorded flat indices."""
+    return x.contiguous().flatten()[torch.as_tensor(indices, dtype=torch.long)]
+
+
+def assert_matches(actual: Tensor, expected: Tensor, std: float, tolerance: float, what: str) -> None:
+    """Assert that the largest difference is at most `tolerance` of the recorded tensor's standard deviation."""
+    error = (actual.double() - expected.double()).abs().max().item()
+    assert error <= tolerance * std, f"{what}: largest difference {error:.3e} exceeds {tolerance:g} x std {std:.3e}"
