@@ -27,7 +27,8 @@ def npz(name: str) -> dict[str, Any]:
 
 def keys(name: str) -> list[tuple[str, list[int], str]]:
     """The original state_dict's entries of tests/goldens/<name>.keys.json."""
-    return [tuple(item) for item in json.loads((GOLDENS / f"{name}.keys.json").read_text())]
+    entries = json.loads((GOLDENS / f"{name}.keys.json").read_text())
+    return [tuple(item) for item in (entries["keys"] if isinstance(entries, dict) else entries)]
 
 
 def filled(name: str, adjust: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
