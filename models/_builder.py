@@ -14,6 +14,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, clean_state_dict
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from timm.models._helpers import _torch_load
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ FilterFn = Callable[[StateDict, nn.Module], StateDict]
 # that store `model_ema` beside `model` (MaxViT, STViT) evaluate `model`.
 _WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema", "module", "net", "weights")
 _HEAD_KEYS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight")
+
+
+class CheckpointedFeatures(FeatureGetterNet):
+    """timm's wrapper for features_only=True, with the gradient checkpointing of the model inside."""
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
 def published_cfg(
@@ -166,7 +175,7 @@ def build_model(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=strict_filter,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", **(feature_cfg or {})},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": CheckpointedFeatures, **(feature_cfg or {})},
         **kwargs,
     )
     for owner in (model, getattr(model, "model", None)):
@@ -182,6 +191,11 @@ def _read_source(cfg: dict[str, Any]) -> StateDict | None:
     if cfg.get("file"):
         return read_checkpoint(cfg["file"])
     if cfg.get("url") and not cfg.get("hf_hub_id"):
+        if "/folders/" in cfg["url"]:
+            raise RuntimeError(
+                f"{cfg.get('architecture')}: the checkpoint was published in a folder that only a browser opens, "
+                f"{cfg['url']}; fetch it there and pass pretrained_cfg_overlay={{'file': PATH}}"
+            )
         return read_checkpoint(download_cached_file(cfg["url"]))
     return None
 
@@ -215,7 +229,8 @@ def _check_keys(variant: str, state_dict: StateDict, model: nn.Module) -> None:
     stems = cfg.get("first_conv") or ()
     stems = tuple(f"{n}.weight" for n in ((stems,) if isinstance(stems, str) else stems))
 
-    missing = [k for k in own if k not in state_dict and not k.startswith(free)]
+    # PyTorch itself loads batch norm without its counter, which files older than PyTorch 0.4.1 do not have.
+    missing = [k for k in own if k not in state_dict and not k.startswith(free) and "num_batches_tracked" not in k]
     unexpected = [k for k in state_dict if k not in own and not k.startswith(free)]
     shapes = [
         f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model"

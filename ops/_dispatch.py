@@ -1,13 +1,15 @@
 """What every op shares: the choice of a backend, and registration with torch.library."""
 
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scale"]
+__all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scale", "without_triton"]
 
 LIBRARY = torch.library.Library("zoo", "DEF")
 
@@ -51,6 +53,19 @@ def resolve_backend(op: str, backend: str | None, x: Tensor, unavailable: dict[s
     if backend in reasons:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reasons[backend]}")
     return backend
+
+
+def without_triton(x: Tensor) -> dict[str, str]:
+    """Why the Triton kernels cannot run on a tensor like x, as `resolve_backend` takes it; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return {"triton": "the package triton is not installed"}
+    if x.dtype == torch.float64:
+        return {"triton": "the kernels compute in float32; float64 runs on the other backends"}
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return {"triton": "the tensors are on the CPU, where it runs only in its interpreter (TRITON_INTERPRET=1)"}
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return {"triton": f"the tensors are on {x.device}"}
+    return {}
 
 
 def register_op(

@@ -8,6 +8,7 @@ class, so one bias and mask table serves all of them.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,11 @@ def _plan_axis(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
 def _runs(count: int, tile: int, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
     """[0, count) in runs of at most `tile` that end at every cut."""
     edges = sorted({0, count, *cuts})
-    return [(a, min(a + tile, end)) for start, end in zip(edges[:-1], edges[1:], strict=True) for a in range(start, end, tile)]
+    return [
+        (a, min(a + tile, end))
+        for start, end in zip(edges[:-1], edges[1:], strict=True)
+        for a in range(start, end, tile)
+    ]
 
 
 def _first(lane: Lane, key: int, c0: int, c1: int) -> int:
@@ -198,7 +203,9 @@ def plan(
     slots = rows[0] * rows[1]
 
     seen_h, seen_w = _visible(axes[0]), _visible(axes[1])  # (class, tile, box)
-    seen = (seen_h[:, None, :, None, :, None] & seen_w[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
+    seen = (
+        (seen_h[:, None, :, None, :, None] & seen_w[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
+    )
     if bias_size is None:
         slot = torch.zeros(seen.shape, dtype=torch.int64)
     else:
@@ -215,7 +222,7 @@ def plan(
         counts[c + 1] += 1
     order = sorted(range(len(member)), key=lambda t: (member[t], t))
 
-    def put(x: list[int] | list[tuple[int, ...]] | Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    def put(x: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.as_tensor(x, dtype=dtype).to(device)
 
     return Plan(
@@ -243,7 +250,7 @@ def _visible(axis: AxisPlan) -> Tensor:
 
 
 def _distance(axis: AxisPlan, rows: int, reverse: bool) -> Tensor:
-    """[classes, tile, box]: the bias index of each pair, key - query + k - 1, clamped where the pair is masked anyway."""
+    """[classes, tile, box]: the bias index of each pair, key - query + k - 1, clamped where the pair is masked."""
     base = torch.arange(axis.box)[None, None, :] - torch.arange(axis.tile)[None, :, None]
     distance = base + torch.tensor(axis.relative)[:, None, None]  # column - row, in lane steps
     return ((-distance if reverse else distance) + rows // 2).clamp(0, rows - 1)

@@ -51,16 +51,18 @@ def _relative(rel_h_ptr, rel_w_ptr, position, i, j, mask, WIN_H: tl.constexpr, W
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
     tiles_h_ptr, tiles_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
     table_heads, scale, groups, images,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WIN_H: tl.constexpr, WIN_W: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """o, lse: softmax over the box, rows are queries."""
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     tile = program // groups
     group = program % groups
     r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
@@ -118,15 +120,20 @@ def forward_kernel(
             top = new_top
         o = acc / total[:, None]
         o_offset = position * DV
-        tl.store(o_ptr + o_offset[:, None] + e[None, :], o.to(o_ptr.dtype.element_ty), mask=valid_m[:, None] & (e[None, :] < DV))
+        tl.store(
+            o_ptr + o_offset[:, None] + e[None, :],
+            o.to(o_ptr.dtype.element_ty),
+            mask=valid_m[:, None] & (e[None, :] < DV),
+        )
         tl.store(lse_ptr + position, (top + tl.log2(total)) * 0.6931471805599453, mask=valid_m)
 
 
 @triton.jit
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr, rel_h_ptr, rel_w_ptr, drel_h_ptr, drel_w_ptr,
-    tiles_h_ptr, tiles_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr,
+    rel_h_ptr, rel_w_ptr, drel_h_ptr, drel_w_ptr, tiles_h_ptr, tiles_w_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn,
     table_heads, scale, groups, images,
@@ -137,7 +144,7 @@ def rows_kernel(
 ):  # fmt: skip
     """dq, delta = sum(o * do), and the gradients of the relative logits; rows are queries."""
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     tile = program // groups
     group = program % groups
     r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
@@ -201,20 +208,31 @@ def rows_kernel(
             dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
             if WIN_H > 0:
                 drel_h += tl.dot(ds, (i[:, None] == w[None, :]).to(tl.float32), input_precision="ieee")
-                drel_w += tl.dot(ds, ((j[:, None] == w[None, :]) & (i < BOX_H)[:, None]).to(tl.float32), input_precision="ieee")
+                drel_w += tl.dot(
+                    ds, ((j[:, None] == w[None, :]) & (i < BOX_H)[:, None]).to(tl.float32), input_precision="ieee"
+                )
         dq = dq * (scale * 0.6931471805599453)
         dq_offset = b * dq_sb + qr * dq_sh + qc * dq_sw + head * dq_sn
         tl.store(dq_ptr + dq_offset[:, None] + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
         if WIN_H > 0:
-            tl.store(drel_h_ptr + (position * WIN_H)[:, None] + w[None, :], drel_h, mask=valid_m[:, None] & (w[None, :] < WIN_H))
-            tl.store(drel_w_ptr + (position * WIN_W)[:, None] + w[None, :], drel_w, mask=valid_m[:, None] & (w[None, :] < WIN_W))
+            tl.store(
+                drel_h_ptr + (position * WIN_H)[:, None] + w[None, :],
+                drel_h,
+                mask=valid_m[:, None] & (w[None, :] < WIN_H),
+            )
+            tl.store(
+                drel_w_ptr + (position * WIN_W)[:, None] + w[None, :],
+                drel_w,
+                mask=valid_m[:, None] & (w[None, :] < WIN_W),
+            )
 
 
 @triton.jit
 def columns_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
     tiles_h_ptr, tiles_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dk_sb, dk_sh, dk_sw, dk_sn, dv_sb, dv_sh, dv_sw, dv_sn,
     table_heads, scale, groups, images, win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
@@ -224,7 +242,7 @@ def columns_kernel(
 ):  # fmt: skip
     """dk, dv: rows are keys and columns are the queries that may see them."""
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     tile = program // groups
     group = program % groups
     r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
@@ -301,9 +319,9 @@ def bias_gradient_kernel(
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, head, class, row, column]: ds summed, in a fixed order, over a share of a class's (image, tile) pairs."""
+    """partial[split, head, class, row, column]: ds summed in a fixed order over a share of a class's tiles."""
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     chunk = program % CHUNKS
     kind = program // CHUNKS % n_classes
     split = program // CHUNKS // n_classes

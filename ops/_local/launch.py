@@ -303,7 +303,9 @@ def _backward_configs(dim: int, area: int) -> list[Config]:
 def _window_rule(relative: Relative | None) -> dict[str, int]:
     rule = relative or Relative(*(torch.empty(0),) * 2, (1, 1), (0, 0), (1, 1))
     return {
-        f"win_{name}_{axis}": getattr(rule, name)[i] for name in ("block", "halo", "stride") for i, axis in enumerate("hw")
+        f"win_{name}_{axis}": getattr(rule, name)[i]
+        for name in ("block", "halo", "stride")
+        for i, axis in enumerate("hw")
     }
 
 

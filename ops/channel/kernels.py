@@ -27,7 +27,7 @@ def _product_kernel(
     """out[split, image, head, i, j]: the sum of a[n, i] * b[n, j] over the split's tokens."""
     split = tl.program_id(0)
     image = tl.program_id(1)
-    head = tl.program_id(2)
+    head = tl.cast(tl.program_id(2), tl.int64)
     b = tl.cast(image, tl.int64)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -50,7 +50,7 @@ def _apply_kernel(
 ):  # fmt: skip
     """out[n, i]: the sum over j of x[n, j] * map[j * map_row + i * map_column]."""
     b = tl.cast(tl.program_id(1), tl.int64)
-    head = tl.program_id(2)
+    head = tl.cast(tl.program_id(2), tl.int64)
     token = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (token < tokens)[:, None] & (d[None, :] < D)

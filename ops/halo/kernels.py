@@ -83,7 +83,9 @@ def halo_attention_backward_triton(
             tables.append(q.new_empty((0, q.shape[-1])))
             continue
         dlogits, where = grads.relative[axis - 1], index[axis - 1]
-        spread, gather = ("bhwny,hyd->bhwnd", "bhwny,bhwnd->hyd") if axis == 1 else ("bhwny,wyd->bhwnd", "bhwny,bhwnd->wyd")
+        spread, gather = (
+            ("bhwny,hyd->bhwnd", "bhwny,bhwnd->hyd") if axis == 1 else ("bhwny,wyd->bhwnd", "bhwny,bhwnd->wyd")
+        )
         dq = dq + torch.einsum(spread, dlogits, table.float()[where]).to(dq.dtype)
         picked = torch.einsum(gather, dlogits, q.float()).flatten(0, 1)  # (queries * window, d)
         rows = torch.arange(table.shape[0], device=q.device)

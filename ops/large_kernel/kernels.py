@@ -73,14 +73,18 @@ def _depthwise_weight_kernel(
         b = (p // (height * width)).to(tl.int64)
         h = p % (height * width) // width
         w = p % width
-        g_offset = (b * g_sb + h.to(tl.int64) * g_sh + w.to(tl.int64) * g_sw)[:, None] + (ch.to(tl.int64) * g_sc)[None, :]
+        g_offset = (b * g_sb + h.to(tl.int64) * g_sh + w.to(tl.int64) * g_sw)[:, None] + (ch.to(tl.int64) * g_sc)[
+            None, :
+        ]
         g = tl.load(g_ptr + g_offset, mask=mask_p[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
         total += tl.sum(g, 0)
         r = h + (row - KH // 2) * DILATION
         for tap in range(KW):
             c = w + (tap - KW // 2) * DILATION
             inside = mask_p & (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            x_offset = (b * x_sb + r.to(tl.int64) * x_sh + c.to(tl.int64) * x_sw)[:, None] + (ch.to(tl.int64) * x_sc)[None, :]
+            x_offset = (b * x_sb + r.to(tl.int64) * x_sh + c.to(tl.int64) * x_sw)[:, None] + (ch.to(tl.int64) * x_sc)[
+                None, :
+            ]
             x = tl.load(x_ptr + x_offset, mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
             acc += tl.where((taps == tap)[:, None], tl.sum(x * g, 0)[None, :], 0.0)
     place = ((split * C + ch)[None, :] * KH + row) * KW + taps[:, None]
@@ -112,9 +116,7 @@ def _pointwise_kernel(
         if GATE:
             offset = b * gate_sb + (h * gate_sh + w * gate_sw)[:, None] + (ci * gate_sc)[None, :]
             a = (a.to(tl.float32) * tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)).to(a.dtype)
-        weight = _load(
-            w_ptr, ci[:, None] * w_in + co[None, :] * w_out, (ci < C)[:, None] & (co < C)[None, :], UPCAST
-        )
+        weight = _load(w_ptr, ci[:, None] * w_in + co[None, :] * w_out, (ci < C)[:, None] & (co < C)[None, :], UPCAST)
         acc += tl.dot(a, weight.to(a.dtype), input_precision="ieee")
     if BIAS:
         acc += tl.load(bias_ptr + co, mask=co < C, other=0.0).to(tl.float32)[None, :]
@@ -148,7 +150,9 @@ def _pointwise_weight_kernel(
         mask = mask_p[:, None] & (co < C)[None, :]
         g = _load(g_ptr, (b * g_sb + h * g_sh + w * g_sw)[:, None] + (co * g_sc)[None, :], mask, UPCAST)
         gate = tl.load(
-            gate_ptr + (b * gate_sb + h * gate_sh + w * gate_sw)[:, None] + (co * gate_sc)[None, :], mask=mask, other=0.0
+            gate_ptr + (b * gate_sb + h * gate_sh + w * gate_sw)[:, None] + (co * gate_sc)[None, :],
+            mask=mask,
+            other=0.0,
         )
         t = (g.to(tl.float32) * gate.to(tl.float32)).to(g.dtype)
         total += tl.sum(t.to(tl.float32), 0)
@@ -296,5 +300,3 @@ def large_kernel_attention_backward_triton(
     _pointwise(spatial, conv1_weight, dx, bias=conv1_bias, out_gate=grad)
     dx.add_(through)
     return (*dconv0, *dconv_spatial, *dconv1)
-
-

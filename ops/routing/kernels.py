@@ -5,6 +5,7 @@ order of a stable sort, so sums have a fixed order and nothing is atomic. Keys o
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +46,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     tile = program % TILES
     region = program // TILES % regions
     b = (program // TILES // regions).to(tl.int64)
@@ -97,7 +98,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     tile = program % TILES
     region = program // TILES % regions
     b = (program // TILES // regions).to(tl.int64)
@@ -150,7 +151,7 @@ def _dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     tile = program % TILES
     region = program // TILES % regions
     b = (program // TILES // regions).to(tl.int64)
@@ -204,7 +205,7 @@ def _block(count: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(count)))
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor, region: Pair, scale: float) -> dict[str, object]:
+def _common(q: Tensor, k: Tensor, v: Tensor, region: Pair, scale: float) -> dict[str, Any]:
     rows, cols = grid_size(q, region)
     key_region = key_region_size(q, k, region)
     strides = {

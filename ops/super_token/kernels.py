@@ -4,6 +4,8 @@ Three kernels serve both passes: affinity (pixels against 9 tokens), aggregate (
 (9 tokens onto a pixel). Tokens gather from their cells, so no sum needs an atomic and no map-sized scratch exists.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -53,7 +55,9 @@ def _affinity_kernel(
     acc = tl.zeros([BLOCK_P, 16], tl.float32)
     for start in range(0, C, BLOCK_C):
         ch = start + tl.arange(0, BLOCK_C)
-        x = _load(x_ptr, b * x_sb + (r * x_sh + c * x_sw)[:, None] + ch[None, :], valid[:, None] & (ch[None, :] < C), UPCAST)
+        x = _load(
+            x_ptr, b * x_sb + (r * x_sh + c * x_sw)[:, None] + ch[None, :], valid[:, None] & (ch[None, :] < C), UPCAST
+        )
         t_offset = b * t_sb + (nr * t_sh + nc * t_sw)[:, None] + ch[None, :]
         t = _load(tokens_ptr, t_offset, there[:, None] & (ch[None, :] < C), UPCAST)
         acc += tl.dot(x, tl.trans(t).to(x.dtype), input_precision="ieee")
@@ -63,7 +67,9 @@ def _affinity_kernel(
         acc = tl.exp(acc - tl.max(acc, 1)[:, None])
         acc = acc / tl.sum(acc, 1)[:, None]
     out = ((b * height + r) * width + c) * 9
-    tl.store(out_ptr + out[:, None] + s[None, :], acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (s[None, :] < 9))
+    tl.store(
+        out_ptr + out[:, None] + s[None, :], acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (s[None, :] < 9)
+    )
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def _aggregate_kernel(
     C: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     MEAN: tl.constexpr, NORMALIZE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out[token]: its pixels' sum under their affinity, as it is or over the mass; or the plain mean of its own cell."""
+    """out[token]: its pixels' sum under their affinity, as it is or over the mass; or the mean of its own cell."""
     cell = tl.program_id(0)
     b = tl.cast(tl.program_id(1), tl.int64)
     ch = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -90,13 +96,17 @@ def _aggregate_kernel(
             in_cell = (p < TH * TW) & there
             valid = in_cell & (r < height) & (c < width)
             x = tl.load(
-                x_ptr + b * x_sb + (r * x_sh + c * x_sw)[:, None] + ch[None, :], mask=valid[:, None] & (ch[None, :] < C), other=0.0
+                x_ptr + b * x_sb + (r * x_sh + c * x_sw)[:, None] + ch[None, :],
+                mask=valid[:, None] & (ch[None, :] < C),
+                other=0.0,
             ).to(tl.float32)
             if MEAN:
                 acc += tl.sum(x, 0) / (TH * TW)
             else:
                 # the token stands opposite to where its pixels' cell stands; a padded pixel is uniform over its 9
-                a = tl.load(affinity_ptr + ((b * height + r) * width + c) * 9 + (8 - s), mask=valid, other=0.0).to(tl.float32)
+                a = tl.load(affinity_ptr + ((b * height + r) * width + c) * 9 + (8 - s), mask=valid, other=0.0).to(
+                    tl.float32
+                )
                 acc += tl.sum(x * a[:, None], 0)
                 mass += tl.where(valid, a, tl.where(in_cell, 1.0 / 9.0, 0.0))
     place = (b * rows + cell_r) * cols + cell_c
@@ -162,7 +172,7 @@ def _cells(height: int, width: int, th: int, tw: int) -> tuple[int, int]:
     return triton.cdiv(height, th), triton.cdiv(width, tw)
 
 
-def _common(size: tuple[int, int], th: int, tw: int, channels: int, dtype: torch.dtype) -> dict[str, object]:
+def _common(size: tuple[int, int], th: int, tw: int, channels: int, dtype: torch.dtype) -> dict[str, Any]:
     rows, cols = _cells(*size, th, tw)
     block_p, block_c = _blocks(th, tw, channels)
     return {

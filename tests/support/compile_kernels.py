@@ -86,7 +86,9 @@ def main() -> int:
     for name in sys.argv[2:]:
         patch = pytest.MonkeyPatch()
         try:
-            with compile_only([(importlib.import_module(m), k) for m, k in MODULES.items()], patch, capability) as compiled:
+            with compile_only(
+                [(importlib.import_module(m), k) for m, k in MODULES.items()], patch, capability
+            ) as compiled:
                 run(getattr(torch, name))
         finally:
             patch.undo()
@@ -95,7 +97,7 @@ def main() -> int:
         for kernel, binary in compiled:
             shared = binary.metadata.shared
             assert "cubin" in binary.asm
-            print(f"sm_{capability} {name:9} {kernel:26} shared {shared:6d} bytes{'' if shared <= limit else '  TOO MUCH'}")
+            print(f"sm_{capability} {name:9} {kernel:26} shared {shared:6d}{'' if shared <= limit else '  TOO MUCH'}")
     return 0
 
 

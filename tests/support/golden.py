@@ -1,4 +1,4 @@
-"""Reading the recorded outputs of the original implementations (tests/goldens; its README says where they come from)."""
+"""Reading the recorded outputs of the original implementations; tests/goldens/README.md says where they come from."""
 
 import importlib.util
 import json
@@ -13,7 +13,8 @@ from torch import Tensor
 GOLDENS = Path(__file__).parent.parent / "goldens"
 
 _spec = importlib.util.spec_from_file_location("golden_fill", GOLDENS / "fill.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _fill = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_fill)
 

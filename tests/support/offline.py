@@ -1,4 +1,4 @@
-"""Compile Triton kernels for a GPU that is not there: what the interpreter cannot find out (types, layouts, shared memory)."""
+"""Compile Triton kernels for a GPU that is not there: types, layouts and shared memory, which no interpreter checks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,9 @@ class _Recorder:
                 for n, v in bound.items()
                 if n not in constants and (isinstance(v, Tensor) or (isinstance(v, int) and v % 16 == 0 and v))
             }
-            source = ASTSource(fn, signature, constexprs={(fn.arg_names.index(n),): v for n, v in constants.items()}, attrs=attributes)
+            source = ASTSource(
+                fn, signature, constexprs={(fn.arg_names.index(n),): v for n, v in constants.items()}, attrs=attributes
+            )
             self.compiled.append((fn.__name__, triton.compile(source, target=self.target, options=options)))
 
         return launch

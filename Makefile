@@ -1,0 +1,49 @@
+# The two commands of the README are `make train` and `make test`; each does all its own set-up and can be run again.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train detect test test-all lint format bench models-table wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found; name one with PYTHON=..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+train: $(VENV)/.installed ## train a small NAT on scikit-learn's digits (ARGS="model=... epochs=..." overrides)
+	$(BIN)/zoo train $(ARGS)
+
+test: $(VENV)/.installed ## the tests, without those marked slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed ## every test
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.installed ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## let ruff rewrite
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed ## time the ops against their peers on this machine
+	$(BIN)/python benchmarks/ops.py $(ARGS)
+
+models-table: $(VENV)/.installed ## write MODELS.md anew
+	$(BIN)/zoo list --markdown > MODELS.md.new && mv MODELS.md.new MODELS.md
+
+wheel: $(VENV)/.installed ## build sdist and wheel and try the wheel in a clean environment
+	PYTHON=$(BIN)/python .ci/wheel
+
+clean: ## remove what building and testing left, but not runs/ and the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,373 @@
+"""Images per second of the backbones, against timm's own models or the same model with textbook attention.
+
+    python benchmarks/models.py --threads 2 --out benchmarks/results/models_cpu.json
+    python benchmarks/models.py --model nat_tiny --batch 4 --rounds 3
+    python benchmarks/models.py --scaling --out benchmarks/results/models_scaling_cpu.json
+
+Peers share the weights and must agree before anything is timed. Their calls are interleaved, round after round, and the
+median of each is reported. Peak memory is measured in a process of its own per model: how far the resident set grows
+above the built model. `--scaling` gives the time per pixel at 224, 448 and 896 pixels a side.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # `ops` is the file beside this one
+
+import timm  # noqa: E402
+
+import zoo  # noqa: E402,F401  registers the models
+from ops import environment, synchronize  # noqa: E402
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- textbook forms: what the papers' pseudo-code says, in the fewest lines of PyTorch
+
+
+def neighborhood_gather(
+    qkv: Tensor, kernel_size: Any, *, dilation: Any = 1, bias: Tensor, scale: float, **_: Any
+) -> Tensor:
+    """Neighborhood attention by gathering every query's keys and values."""
+    height, width = qkv.shape[1:3]
+    sides, steps = _pair(kernel_size), _pair(dilation)
+    rows, rel_h = _windows(height, sides[0], steps[0])
+    cols, rel_w = _windows(width, sides[1], steps[1])
+    keys = (rows[:, None, :, None] * width + cols[None, :, None, :]).flatten(2).flatten(0, 1)  # (N, k * k)
+    q, k, v = qkv.flatten(1, 2).unbind(2)
+    logits = torch.einsum("bnhd,bnkhd->bnhk", q * scale, k[:, keys])
+    table = bias[:, rel_h[:, None, :, None], rel_w[None, :, None, :]].flatten(3).flatten(1, 2).transpose(0, 1)
+    out = torch.einsum("bnhk,bnkhd->bnhd", (logits + table).softmax(-1), v[:, keys])
+    return out.unflatten(1, (height, width))
+
+
+def _pair(x: Any) -> tuple[int, int]:
+    return (x, x) if isinstance(x, int) else (x[0], x[1])
+
+
+def _windows(length: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
+    token = torch.arange(length)
+    phase, query = token % dilation, token // dilation
+    count = (length - phase + dilation - 1) // dilation
+    start = torch.minimum((query - kernel // 2).clamp(min=0), count - kernel)[:, None] + torch.arange(kernel)
+    return start * dilation + phase[:, None], start - query[:, None] + kernel - 1
+
+
+def routing_gather(
+    q: Tensor, k: Tensor, v: Tensor, regions: Any, topk: int, *, scale: float, index: Tensor, **_: Any
+) -> Tensor:
+    """Bi-level routing attention by gathering the chosen regions' keys and values."""
+    batch, height, width, heads, dim = q.shape
+    rows, cols = _pair(regions)
+
+    def cut(x: Tensor) -> Tensor:  # (B, H, W, nh, d) -> (B, R, n, nh, d)
+        x = x.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)
+
+    def gather(x: Tensor) -> Tensor:
+        x = cut(x)
+        where = index[..., None, None, None].expand(-1, -1, -1, *x.shape[2:])
+        return x[:, None].expand(-1, rows * cols, -1, -1, -1, -1).gather(2, where).flatten(2, 3)
+
+    logits = torch.einsum("brnhd,brmhd->brhnm", cut(q) * scale, gather(k))
+    out = torch.einsum("brhnm,brmhd->brnhd", logits.softmax(-1), gather(v))
+    out = out.unflatten(1, (rows, cols)).unflatten(3, (height // rows, width // cols)).transpose(2, 3)
+    return out.reshape(batch, height, width, heads, v.shape[-1])
+
+
+def window_partition(qkv: Tensor, window_size: Any, **_: Any) -> Tensor:
+    """Window attention by partitioning, a full score tensor, and putting the windows back."""
+    side = _pair(window_size)
+    batch, height, width, _, heads, dim = qkv.shape
+    x = qkv.unflatten(2, (-1, side[1])).unflatten(1, (-1, side[0])).transpose(2, 3)
+    q, k, v = x.reshape(-1, side[0] * side[1], 3, heads, dim).permute(2, 0, 3, 1, 4)
+    out = ((q * dim**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+    out = out.transpose(1, 2).reshape(batch, height // side[0], width // side[1], *side, heads, dim).transpose(2, 3)
+    return out.reshape(batch, height, width, heads, dim)
+
+
+def large_kernel_direct(
+    x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, **_: Any
+) -> Tensor:
+    """Large kernel attention as three convolutions and a product."""
+    attn = F.conv2d(x, w0, b0, padding=w0.shape[-1] // 2, groups=x.shape[1])
+    attn = F.conv2d(attn, w1, b1, padding=3 * (w1.shape[-1] // 2), dilation=3, groups=x.shape[1])
+    return x * F.conv2d(attn, w2, b2)
+
+
+def sampling_unfold(
+    x: Tensor, token_size: Any, *, n_iter: int = 1, scale: float | None = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Super-token sampling with unfold and fold."""
+    side = _pair(token_size)
+    cells = x.unflatten(2, (-1, side[1])).unflatten(1, (-1, side[0])).transpose(2, 3).flatten(3, 4)  # (B, h, w, n, C)
+    batch, rows, cols, _, channels = cells.shape
+    with torch.no_grad():
+        tokens = cells.mean(3)
+        for i in range(n_iter):
+            near = _unfold(tokens)
+            affinity = (cells @ near.transpose(-2, -1) * (scale or channels**-0.5)).softmax(-1)
+            mass = _fold(affinity.sum(3).unsqueeze(-1)) + 1e-12
+            if i < n_iter - 1:
+                tokens = _fold(affinity.transpose(-2, -1) @ cells) / mass
+    tokens = _fold(affinity.transpose(-2, -1) @ cells) / mass
+    spread = affinity.unflatten(3, side).transpose(2, 3).reshape(batch, rows * side[0], cols * side[1], 9)
+    return tokens, spread
+
+
+def mapping_unfold(tokens: Tensor, affinity: Tensor, token_size: Any, **_: Any) -> Tensor:
+    """Super-token mapping with unfold."""
+    side = _pair(token_size)
+    weights = affinity.unflatten(2, (-1, side[1])).unflatten(1, (-1, side[0])).transpose(2, 3).flatten(3, 4)
+    out = (weights @ _unfold(tokens)).unflatten(3, side).transpose(2, 3)
+    return out.reshape(*affinity.shape[:3], tokens.shape[-1])
+
+
+def _unfold(tokens: Tensor) -> Tensor:  # (B, h, w, C) -> (B, h, w, 9, C)
+    batch, rows, cols, channels = tokens.shape
+    near = F.unfold(tokens.permute(0, 3, 1, 2), 3, padding=1)
+    return near.view(batch, channels, 9, rows, cols).permute(0, 3, 4, 2, 1)
+
+
+def _fold(parts: Tensor) -> Tensor:  # (B, h, w, 9, C) -> (B, h, w, C)
+    batch, rows, cols, _, channels = parts.shape
+    flat = parts.permute(0, 4, 3, 1, 2).reshape(batch, channels * 9, rows * cols)
+    return F.fold(flat, (rows, cols), 3, padding=1).permute(0, 2, 3, 1)
+
+
+# ---- what is measured
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model and its peer: a timm model that takes the same weights, or textbook functions that replace ours.
+
+    forward_goal, training_goal: how many times faster than the peer it is meant to be on a CPU.
+    """
+
+    name: str
+    timm: str | None = None
+    textbook: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    forward_goal: float | None = None
+    training_goal: float | None = None
+
+    @property
+    def peer(self) -> str:
+        return f"timm {self.timm}" if self.timm else "textbook"
+
+
+ENTRIES = (
+    Entry("zoo_maxvit_tiny_tf_224", timm="maxvit_tiny_tf_224", forward_goal=1.0, training_goal=1.0),
+    Entry("zoo_davit_tiny", timm="davit_tiny", forward_goal=1.0, training_goal=1.0),
+    Entry("zoo_halonet26t", timm="halonet26t", forward_goal=1.0, training_goal=1.0),
+    Entry(
+        "nat_tiny",
+        textbook=(("zoo.models._layers.neighborhood_attention_qkvpacked", neighborhood_gather),),
+        forward_goal=3.0,
+        training_goal=3.0,
+    ),
+    Entry(
+        "biformer_tiny",
+        textbook=(("zoo.models.biformer.routing_attention", routing_gather),),
+        forward_goal=1.3,
+        training_goal=1.3,
+    ),
+    Entry("van_b0", textbook=(("zoo.models.van.large_kernel_attention", large_kernel_direct),)),
+    Entry("litv2_s", textbook=(("zoo.models.litv2.window_attention_qkvpacked", window_partition),)),
+    Entry(
+        "stvit_small",
+        textbook=(
+            ("zoo.models.stvit.super_token_sampling", sampling_unfold),
+            ("zoo.models.stvit.super_token_mapping", mapping_unfold),
+        ),
+    ),
+)
+SCALING = ("nat_mini", "zoo_maxvit_pico_rw_256", "zoo_davit_tiny", "van_b0")
+
+
+def build(entry: Entry, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Ours and the peer, with the same weights."""
+    torch.manual_seed(0)
+    ours = timm.create_model(entry.name).to(device, dtype)
+    peer = timm.create_model(entry.timm or entry.name).to(device, dtype)
+    peer.load_state_dict(ours.state_dict())
+    return ours, peer
+
+
+@contextlib.contextmanager
+def replaced(entry: Entry, peer: bool) -> Iterator[None]:
+    """Inside the block the peer's attention is the textbook one."""
+    with contextlib.ExitStack() as stack:
+        for target, function in entry.textbook if peer else ():
+            stack.enter_context(mock.patch(target, function))
+        yield
+
+
+def forward(model: nn.Module, images: Tensor) -> Tensor:
+    model.eval()
+    with torch.inference_mode():
+        return model(images)
+
+
+def training(model: nn.Module, images: Tensor) -> Tensor:
+    model.train()
+    model.zero_grad(set_to_none=True)
+    loss = model(images).float().logsumexp(-1).mean()
+    loss.backward()
+    return loss.detach()
+
+
+MODES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"forward": forward, "training": training}
+
+
+def measure(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
+    """Median images per second of both, and how much memory a step takes."""
+    device, dtype = options.device, _DTYPES[options.dtype]
+    models = dict(zip((entry.name, entry.peer), build(entry, device, dtype), strict=True))
+    size = models[entry.name].pretrained_cfg["input_size"][-2:]
+    images = torch.randn(options.batch, 3, *size, device=device, dtype=dtype)
+    outputs = []
+    for i, model in enumerate(models.values()):
+        with replaced(entry, i == 1):
+            outputs.append(forward(model, images[:2]).float())
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].std())
+    row: dict[str, Any] = {"model": entry.name, "peer": entry.peer, "size": list(size), "batch": options.batch}
+    row["difference"] = difference
+    for mode, step in MODES.items():
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for round_number in range(options.rounds + 1):
+            for i, (name, model) in enumerate(models.items()):
+                with replaced(entry, i == 1):
+                    synchronize(device)
+                    start = time.perf_counter()
+                    step(model, images)
+                    synchronize(device)
+                    if round_number:  # the first round warms up
+                        seconds[name].append(time.perf_counter() - start)
+        ours, peer = (statistics.median(times) for times in seconds.values())
+        row[mode] = {
+            "images_per_second": round(options.batch / ours, 2),
+            "peer_images_per_second": round(options.batch / peer, 2),
+            "ratio": round(peer / ours, 2),
+            "goal": entry.forward_goal if mode == "forward" else entry.training_goal,
+        }
+        if device.type == "cpu" and not options.no_memory:
+            row[mode]["peak_mib"], row[mode]["peer_peak_mib"] = (
+                _memory(entry, mode, peer_too, options) for peer_too in (False, True)
+            )
+    return row
+
+
+def _memory(entry: Entry, mode: str, peer: bool, options: argparse.Namespace) -> int:
+    """Peak resident memory of one step above the built model, in MiB, from a fresh process."""
+    command = [sys.executable, __file__, "--memory", entry.name, mode, "peer" if peer else "ours"]
+    command += ["--batch", str(options.batch), "--dtype", options.dtype, "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def memory_child(name: str, mode: str, which: str, options: argparse.Namespace) -> None:
+    entry = next(e for e in ENTRIES if e.name == name)
+    ours, peer = build(entry, torch.device("cpu"), _DTYPES[options.dtype])
+    model = peer if which == "peer" else ours
+    del ours, peer
+    size = timm.models.get_pretrained_cfg(entry.name).input_size[-2:]
+    images = torch.randn(options.batch, 3, *size, dtype=_DTYPES[options.dtype])
+    with replaced(entry, which == "peer"):
+        MODES[mode](model, images[:1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        MODES[mode](model, images)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+
+
+def scaling(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Nanoseconds a pixel of a forward at 224, 448 and 896, the same number of pixels in every batch."""
+    model = timm.create_model(name).to(options.device)
+    times: dict[int, float] = {}
+    for size, batch in ((224, 16), (448, 4), (896, 1)):
+        images = torch.randn(batch, 3, size, size, device=options.device)
+        forward(model, images)
+        rounds = []
+        for _ in range(options.rounds):
+            start = time.perf_counter()
+            forward(model, images)
+            synchronize(options.device)
+            rounds.append(time.perf_counter() - start)
+        times[size] = 1e9 * statistics.median(rounds) / (batch * size * size)
+    spread = max(times.values()) / min(times.values()) - 1
+    return {"model": name, "ns_per_pixel": {k: round(v, 1) for k, v in times.items()}, "spread": round(spread, 3)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a line per model, write the JSON; 1 where a model disagrees with its peer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=[e.name for e in ENTRIES], help="default: all")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--scaling", action="store_true", help="time per pixel at three sizes instead")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        memory_child(*options.memory, options)
+        return 0
+
+    rows = []
+    if options.scaling:
+        for name in SCALING:
+            rows.append(scaling(name, options))
+            print(
+                f"{name:<24} {rows[-1]['ns_per_pixel']} ns a pixel, spread {100 * rows[-1]['spread']:.0f} %", flush=True
+            )
+    else:
+        for entry in ENTRIES:
+            if not options.model or entry.name in options.model:
+                rows.append(measure(entry, options))
+                print(_line(rows[-1]), flush=True)
+    if options.out:
+        found = environment(options.device, options.threads, arguments)
+        found["command"] = shlex.join(
+            ["python", "benchmarks/models.py", *(sys.argv[1:] if arguments is None else arguments)]
+        )
+        options.out.write_text(json.dumps({"environment": found, "results": rows}, indent=2) + "\n")
+    return int(any(row.get("difference", 0) > 1e-2 for row in rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    parts = []
+    for mode in MODES:
+        found = row[mode]
+        goal = (
+            ""
+            if found["goal"] is None
+            else f" (goal {found['goal']:g}{', MISSED' if found['ratio'] < found['goal'] else ''})"
+        )
+        memory = f", {found['peak_mib']} against {found['peer_peak_mib']} MiB" if "peak_mib" in found else ""
+        parts.append(f"{mode} {found['images_per_second']:.1f} images/s, {found['ratio']:.2f}x{goal}{memory}")
+    return f"{row['model']:<24} against {row['peer']:<24} {'; '.join(parts)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

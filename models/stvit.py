@@ -1,0 +1,503 @@
+"""STViT: vision transformer with super token sampling (also published as SViT).
+
+Paper: "Vision Transformer with Super Token Sampling" (CVPR 2023), https://arxiv.org/abs/2211.11167
+Original: https://github.com/hhb072/STViT (models/stvit.py; MIT by its header).
+
+Numbers and parameter names are the original's. What differs:
+- the constant `unfold.weights` and `fold.weights` of every block are no parameters here; they are dropped on loading;
+- `norm1` is a plain LayerNorm over the channels (`norm1.norm.*` in the published files);
+- the 1x1 projection, its norm and activation belong to the head: `forward_features` gives the last stage's map;
+- `projection=None` builds (the original fails); `num_classes=0`, `global_pool` and `features_only` work.
+
+Any image size is accepted: maps that are no multiple of a super token are zero-padded inside the attention, as in the
+original.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import (
+    DropPath,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_device_dtype,
+    trunc_normal_,
+)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from zoo.models._builder import build_model, published_cfg
+from zoo.ops.super_token import super_token_mapping, super_token_sampling
+
+__all__ = ["STViT"]
+
+
+class ResDWConv(nn.Module):
+    """Depthwise 3x3 convolution with a shortcut: the conditional position encoding, and the one inside the FFN."""
+
+    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution, run as one matrix product over channels-last pixels: faster on a CPU than PyTorch's own."""
+
+    def __init__(self, dim: int, out_dim: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class ConvFFN(nn.Module):
+    """fc1 - GELU - residual depthwise 3x3 - fc2; the convolution follows the activation."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fc1 = PointwiseConv(dim, hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.conv = ResDWConv(hidden_dim, **dd)
+        self.fc2 = PointwiseConv(hidden_dim, dim, **dd)
+        self.drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.conv(self.act(self.fc1(x)))))
+
+
+class Attention(nn.Module):
+    """Global self-attention; the channels of qkv are ordered head by head: q, k, v of head 0, of head 1, ..."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias, **dd)
+        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        qkv = F.linear(x, self.qkv.weight.flatten(1), self.qkv.bias)
+        qkv = qkv.reshape(B, H * W, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, nh, N, d)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+@register_notrace_module  # the ops check sizes, and TorchScript needs the branch for it
+class StokenAttention(nn.Module):
+    """Super-token attention on [B, H, W, C]; super tokens of a single pixel mean plain global attention."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        stoken_size: int,
+        n_iter: int = 1,
+        qkv_bias: bool = True,
+        attn_backend: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.stoken_size = stoken_size
+        self.n_iter = n_iter
+        self.scale = dim**-0.5
+        self.attn_backend = attn_backend
+        self.script_backend = attn_backend or "cpu"
+        self.stoken_refine = Attention(dim, num_heads, qkv_bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.stoken_size
+        if size == 1:
+            return self.stoken_refine(x)
+        if torch.jit.is_scripting():
+            backend = self.script_backend
+            tokens, affinity, _ = torch.ops.zoo.super_token_sampling(x, size, size, self.n_iter, self.scale, backend)
+            tokens = self.stoken_refine(tokens)
+            return torch.ops.zoo.super_token_mapping(tokens, affinity.detach(), size, size, backend)
+        tokens, affinity = super_token_sampling(
+            x, size, n_iter=self.n_iter, scale=self.scale, backend=self.attn_backend
+        )
+        return super_token_mapping(self.stoken_refine(tokens), affinity, size, backend=self.attn_backend)
+
+
+class Block(nn.Module):
+    """Position encoding, super-token attention and convolutional FFN, each residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        stoken_size: int,
+        n_iter: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: bool = False,
+        init_values: float = 1e-6,
+        attn_backend: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.pos_embed = ResDWConv(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = StokenAttention(dim, num_heads, stoken_size, n_iter, qkv_bias, attn_backend, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.mlp2 = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.layer_scale = layer_scale
+        if layer_scale:
+            self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), init_values, **dd))
+            self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), init_values, **dd))
+        else:
+            self.register_parameter("gamma_1", None)
+            self.register_parameter("gamma_2", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pos_embed(x)
+        y = self.attn(self.norm1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
+        y = self.mlp2(self.norm2(x))
+        return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+
+
+class PatchEmbed(nn.Module):
+    """Four 3x3 convolutions of strides 2, 1, 2, 1; the batch norm follows the activation."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for out_chans, stride in ((dim // 2, 2), (dim // 2, 1), (dim, 2), (dim, 1)):
+            layers.append(nn.Conv2d(in_chans, out_chans, 3, stride, 1, device=device, dtype=dtype))
+            layers += [nn.GELU(), nn.BatchNorm2d(out_chans, device=device, dtype=dtype)]
+            in_chans = out_chans
+        self.proj = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class PatchMerging(nn.Module):
+    """3x3 convolution of stride 2 and a batch norm."""
+
+    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.proj = nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Stage(nn.Module):
+    """Blocks, and the downsampling towards the next stage."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None,
+        drop_path_rates: list[float],
+        device: Any = None,
+        dtype: Any = None,
+        **block_args: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.blocks = nn.Sequential(*(Block(dim, drop_path=rate, **block_args, **dd) for rate in drop_path_rates))
+        self.downsample = nn.Identity() if out_dim is None else PatchMerging(dim, out_dim, **dd)
+
+    def forward_blocks(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.forward_blocks(x))
+
+
+class STViT(nn.Module):
+    """Vision transformer with super token sampling.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes; 0 leaves the classifier out.
+        global_pool: timm's pooling names; "" keeps the map.
+        embed_dim: channels of each stage.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        stoken_size: side of a super token in pixels, for each stage; 1 means global attention.
+        n_iter: sampling iterations of each stage.
+        mlp_ratio: hidden width of the FFN over its input's.
+        qkv_bias: whether the qkv projections have a bias.
+        layer_scale: for each stage, whether its residual branches are scaled by learned factors.
+        init_values: start value of those factors.
+        projection: channels of the 1x1 projection before pooling; None leaves it out.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after the FFNs.
+        drop_path_rate: stochastic depth, growing linearly to this rate at the last block.
+        attn_backend: path of the super-token ops, None chooses.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: tuple[int, ...] = (64, 128, 320, 512),
+        depths: tuple[int, ...] = (3, 5, 9, 3),
+        num_heads: tuple[int, ...] = (1, 2, 5, 8),
+        stoken_size: tuple[int, ...] = (8, 4, 1, 1),
+        n_iter: tuple[int, ...] = (1, 1, 1, 1),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        layer_scale: tuple[bool, ...] = (False, False, False, False),
+        init_values: float = 1e-6,
+        projection: int | None = 1024,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attn_backend: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = embed_dim[-1]
+        self.feature_info: list[dict[str, Any]] = []
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim[0], **dd)
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        stages = []
+        for i, dim in enumerate(embed_dim):
+            stages.append(
+                Stage(
+                    dim,
+                    embed_dim[i + 1] if i + 1 < len(embed_dim) else None,
+                    rates[i],
+                    num_heads=num_heads[i],
+                    stoken_size=stoken_size[i],
+                    n_iter=n_iter[i],
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    layer_scale=layer_scale[i],
+                    init_values=init_values,
+                    attn_backend=attn_backend,
+                    **dd,
+                )
+            )
+            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"layers.{i}.blocks"})
+        self.layers = nn.Sequential(*stages)
+
+        head_dim = self.num_features if projection is None else projection
+        self.proj = nn.Identity() if projection is None else nn.Conv2d(self.num_features, head_dim, 1, **dd)
+        self.norm = nn.BatchNorm2d(head_dim, **dd)
+        self.act = nn.SiLU()
+        self.head_dim = head_dim
+        self.global_pool, self.head = create_classifier(head_dim, num_classes, pool_type=global_pool, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head_hidden_size = head_dim * self.global_pool.feat_mult()
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.downsample", (99999,)),
+            (r"^(?:proj|norm)\.", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.layers.children():
+            cast(Stage, stage).grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a fresh classifier, and another pooling if one is named."""
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head = create_classifier(self.head_dim, num_classes, pool_type=pool_type, **dd)
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
+        self.head_hidden_size = self.head_dim * self.global_pool.feat_mult()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stages' outputs, before each downsampling.
+
+        Args:
+            x: image batch.
+            indices: stages to return: the last n if an int, all if None.
+            norm: accepted for timm's interface; the stages have no norm of their own.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: "NCHW".
+            intermediates_only: leave the final features out.
+        """
+        assert output_fmt in ("NCHW",), "Output shape must be NCHW."
+        intermediates: list[Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        x = self.patch_embed(x)
+        if torch.jit.is_scripting() or not stop_early:
+            stages = self.layers
+        else:
+            stages = self.layers[: max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage.forward_blocks(x)  # type: ignore[operator]
+            if i in take_indices:
+                intermediates.append(x)
+            x = stage.downsample(x)  # type: ignore[operator]
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers that the given stages do not need; the projection and its norm belong to the head."""
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        prune_end = max_index < len(self.layers) - 1
+        self.layers = self.layers[: max_index + 1]
+        if prune_end:
+            self.layers[max_index].downsample = nn.Identity()
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_end or prune_head:
+            for name in ("proj", "norm", "act"):
+                setattr(self, name, nn.Identity())
+            self.head_dim = self.num_features
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.layers(self.patch_embed(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.act(self.norm(self.proj(x)))
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published keys to ours; our own keys pass unchanged."""
+    constants = (".unfold.weights", ".fold.weights")
+    return {k.replace(".norm1.norm.", ".norm1."): v for k, v in state_dict.items() if not k.endswith(constants)}
+
+
+def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
+    return published_cfg(
+        "https://drive.google.com/drive/folders/1uaT5OarQd9iPrnFufHocHpM3zhyTcetB",
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=0.875 if size == 224 else 1.0,
+        first_conv="patch_embed.proj.0",
+        classifier="head",
+        license="mit",
+        paper_name="Vision Transformer with Super Token Sampling",
+        paper_ids=("arXiv:2211.11167",),
+        origin_url="https://github.com/hhb072/STViT",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "stvit_small.in1k": _cfg(224, top1=83.6, params="25M", flops="4.4G"),
+        "stvit_small_384.in1k": _cfg(384, top1=85.0, params="25M", flops="14.1G"),
+        "stvit_base.in1k": _cfg(224, top1=84.8, params="52M", flops="9.9G"),
+        "stvit_base_384.in1k": _cfg(384, top1=86.0, params="52M", flops="32.5G"),
+        "stvit_large.in1k": _cfg(224, top1=85.3, params="95M", flops="15.6G"),
+        "stvit_large_384.in1k": _cfg(384, top1=86.4, params="95M", flops="49.7G"),
+    }
+)
+
+_SMALL: dict[str, Any] = {}
+_BASE: dict[str, Any] = {
+    "embed_dim": (96, 192, 384, 512),
+    "depths": (4, 6, 14, 6),
+    "num_heads": (2, 3, 6, 8),
+    "layer_scale": (False, False, True, True),
+}
+_LARGE: dict[str, Any] = {
+    "embed_dim": (96, 192, 448, 640),
+    "depths": (4, 7, 19, 8),
+    "num_heads": (2, 3, 7, 10),
+    "layer_scale": (False, False, True, True),
+}
+
+
+def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> STViT:
+    model = build_model(STViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))
+    return cast(STViT, model)
+
+
+@register_model
+def stvit_small(pretrained: bool = False, **kwargs: Any) -> STViT:
+    return _create("stvit_small", pretrained, _SMALL, kwargs)
+
+
+@register_model
+def stvit_small_384(pretrained: bool = False, **kwargs: Any) -> STViT:
+    return _create("stvit_small_384", pretrained, _SMALL, kwargs)
+
+
+@register_model
+def stvit_base(pretrained: bool = False, **kwargs: Any) -> STViT:
+    return _create("stvit_base", pretrained, _BASE, kwargs)
+
+
+@register_model
+def stvit_base_384(pretrained: bool = False, **kwargs: Any) -> STViT:
+    return _create("stvit_base_384", pretrained, _BASE, kwargs)
+
+
+@register_model
+def stvit_large(pretrained: bool = False, **kwargs: Any) -> STViT:
+    return _create("stvit_large", pretrained, _LARGE, kwargs)
+
+
+@register_model
+def stvit_large_384(pretrained: bool = False, **kwargs: Any) -> STViT:
+    return _create("stvit_large_384", pretrained, _LARGE, kwargs)

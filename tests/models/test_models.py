@@ -1,0 +1,253 @@
+"""What holds for every model that the package registers, whatever its family."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from golden import save_checkpoint
+from timm.models import get_arch_pretrained_cfgs
+from timm.models._registry import _model_entrypoints
+from torch import Tensor, nn
+
+import zoo  # noqa: F401
+from zoo.models._builder import published_figures
+from zoo.registry import package_models
+
+NAMES = package_models()
+
+# the model of each file that stands for its family where numbers are computed
+SMALLEST = {
+    "biformer": "biformer_tiny",
+    "davit": "zoo_davit_tiny",
+    "dinat_s": "dinat_s_tiny",
+    "halonet": "zoo_eca_halonext26ts",
+    "litv2": "litv2_s",
+    "maxvit": "zoo_maxvit_pico_rw_256",
+    "nat": "dinat_mini",
+    "nat_isotropic": "dinat_isotropic_small",
+    "stvit": "stvit_small",
+    "van": "van_b0",
+}
+
+
+def _file(name: str) -> str:
+    return _model_entrypoints[name].__module__.rsplit(".", 1)[-1]
+
+
+FAMILIES = sorted({_file(name) for name in NAMES})
+
+
+@functools.cache
+def _shared(family: str) -> nn.Module:
+    """A model that no test changes."""
+    torch.manual_seed(0)
+    return timm.create_model(SMALLEST[family], num_classes=10).eval()
+
+
+def _fresh(family: str) -> nn.Module:
+    return copy.deepcopy(_shared(family))
+
+
+def _side(family: str) -> int:
+    """A small image side; where the size is fixed, that one."""
+    cfg = _shared(family).pretrained_cfg
+    return cfg["input_size"][-1] if cfg.get("fixed_input_size") else 64
+
+
+def _image(family: str, batch: int = 2) -> Tensor:
+    side = _side(family)
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_file_has_its_model() -> None:
+    assert set(FAMILIES) <= set(SMALLEST)
+    assert {_file(SMALLEST[family]) for family in FAMILIES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta(name: str) -> None:
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(t.is_meta for t in tensors)
+    assert all(t.dtype == torch.bfloat16 for t in model.parameters())
+    assert model.num_classes == model.pretrained_cfg["num_classes"]
+    assert model.get_classifier().out_features == model.num_classes
+    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+    modules = dict(model.named_modules())
+    for field in ("first_conv", "classifier"):
+        named = model.pretrained_cfg[field]
+        for module in (named,) if isinstance(named, str) else named or ():
+            assert module in modules, f"{field} names {module}"
+    for info in model.feature_info:
+        assert info["num_chs"] > 0
+        assert info["reduction"] > 0
+        assert info["module"] in modules
+
+    model.reset_classifier(3)
+    assert model.num_classes == model.get_classifier().out_features == 3
+    assert next(model.get_classifier().parameters()).is_meta
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configurations(name: str) -> None:
+    assert get_arch_pretrained_cfgs(name)
+    for tag, entry in get_arch_pretrained_cfgs(name).items():
+        cfg = entry.to_dict()
+        assert cfg["license"], tag
+        assert cfg["paper_ids"], tag
+        assert cfg["paper_name"], tag
+        assert cfg["origin_url"].startswith("https://"), tag
+        assert len(cfg["input_size"]) == len(cfg["mean"]) == len(cfg["std"]) == 3
+        assert 0.8 < cfg["crop_pct"] <= 1.0
+        top1 = published_figures(cfg).get("top1")
+        assert top1 is None or 60 < float(top1) < 92, tag
+
+
+@pytest.mark.parametrize("name", SMALLEST.values())
+def test_unknown_argument(name: str) -> None:
+    if name in NAMES:
+        with pytest.raises(TypeError):
+            timm.create_model(name, device="meta", no_such_argument=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward(family: str) -> None:
+    model, x = _shared(family), _image(family, 3)
+    with torch.no_grad():
+        logits = model(x)
+        assert logits.shape == (3, 10)
+        assert logits.isfinite().all()
+        assert torch.equal(model(x), logits), "the same bits twice"
+        features = model.forward_features(x)
+        assert torch.equal(model.forward_head(features), logits)
+        assert model.forward_head(features, pre_logits=True).shape == (3, model.head_hidden_size)
+        torch.testing.assert_close(model(x[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(32, 32), (61, 95)])
+def test_any_size(family: str, size: tuple[int, int]) -> None:
+    model = _shared(family)
+    if model.pretrained_cfg.get("fixed_input_size"):
+        pytest.skip("takes one size only")
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, *size)).isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_intermediates(family: str) -> None:
+    model, x = _shared(family), _image(family)
+    last = len(model.feature_info) - 1
+    with torch.no_grad():
+        features, taps = model.forward_intermediates(x)
+        torch.testing.assert_close(features, model.forward_features(x))
+        for info, tap in zip(model.feature_info, taps, strict=True):
+            side = _side(family) // info["reduction"]
+            assert tap.shape == (2, info["num_chs"], side, side)
+        early = model.forward_intermediates(x, indices=[0, last - 1], stop_early=True, intermediates_only=True)
+        assert torch.equal(early[0], taps[0])
+        assert torch.equal(early[1], taps[last - 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_only(family: str) -> None:
+    model = timm.create_model(SMALLEST[family], features_only=True, out_indices=(0, 2)).eval()
+    assert model.feature_info.channels() == [_shared(family).feature_info[i]["num_chs"] for i in (0, 2)]
+    x = _image(family)
+    with torch.no_grad():
+        for channels, reduction, y in zip(
+            model.feature_info.channels(), model.feature_info.reduction(), model(x), strict=True
+        ):
+            assert y.shape == (2, channels, _side(family) // reduction, _side(family) // reduction)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_with_checkpointing(family: str) -> None:
+    """Every parameter gets a finite gradient, and the same one when activations are recomputed."""
+    found: list[dict[str, Tensor]] = []
+    for enable in (False, True):
+        model = timm.create_model(SMALLEST[family], num_classes=10, drop_path_rate=0.0)
+        model.load_state_dict(_shared(family).state_dict())
+        model.train()
+        model.set_grad_checkpointing(enable)
+        model(_image(family)).square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, grad in found[0].items():
+        assert grad is not None, name
+        assert grad.isfinite().all(), name
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtype(family: str, dtype: torch.dtype) -> None:
+    x = _image(family)
+    with torch.no_grad():
+        expected = _shared(family)(x)
+        logits = _fresh(family).to(dtype)(x.to(dtype))
+    assert logits.dtype == dtype
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=tolerance * float(expected.std()) + 1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family: str) -> None:
+    x = _image(family)
+    model = _fresh(family).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    assert all(
+        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_weights_come_back(family: str, tmp_path: Path) -> None:
+    """A file in our own names loads as strictly as a published one; one with a foreign tensor does not."""
+    weights = dict(_shared(family).state_dict())
+    arguments: dict[str, Any] = {"pretrained": True, "num_classes": 10}
+    path = save_checkpoint(tmp_path / "own.pth", weights, "state_dict")
+    model = timm.create_model(SMALLEST[family], pretrained_cfg_overlay={"file": path}, **arguments)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+    lost = next(k for k in weights if k.endswith("weight"))
+    weights["nobody.weight"] = weights.pop(lost)
+    path = save_checkpoint(tmp_path / "foreign.pth", weights, None)
+    with pytest.raises(RuntimeError, match=r"(?s)keys of the model are not in the file.*nobody\.weight"):
+        timm.create_model(SMALLEST[family], pretrained_cfg_overlay={"file": path}, **arguments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_constructor(family: str) -> None:
+    grey = timm.create_model(SMALLEST[family], in_chans=1, num_classes=0, global_pool="max", drop_rate=0.1).eval()
+    side = _side(family)
+    with torch.no_grad():
+        assert grey(torch.randn(1, 1, side, side)).shape == (1, grey.head_hidden_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compile(family: str) -> None:
+    torch._dynamo.reset()
+    model, x = _shared(family), _image(family)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export(family: str) -> None:
+    model, x = _shared(family), _image(family)
+    batch = torch.export.Dim("batch", min=2, max=16)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    x = _image(family, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,197 @@
+"""STViT against the recorded outputs of hhb072/STViT, and timm's contract on shrunken models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from timm.models import FeatureInfo
+from timm.models._manipulate import group_parameters
+from torch import Tensor
+
+from zoo.models.stvit import Block, STViT
+
+VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "svit/variants.json").read_text())["variants"]}
+RECORDED = [
+    pytest.param(*path.stem.split("."), marks=[pytest.mark.slow] if "large" in path.stem else [])
+    for path in sorted((GOLDENS / "svit").glob("*.npz"))
+]
+
+
+def shrunken(name: str = "stvit_small", **kwargs: Any) -> STViT:
+    args = {"embed_dim": (16, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "projection": 40}
+    return timm.create_model(name, **(args | kwargs))
+
+
+def published(name: str) -> dict[str, Tensor]:
+    """A state_dict as the original saves it, with its constant kernels and counters."""
+    weights = filled(f"svit/{name}")
+    identity = torch.eye(9).view(9, 1, 3, 3)
+    entries = (
+        (key, weights.get(key, identity if "fold" in key else torch.tensor(0))) for key, *_ in keys(f"svit/{name}")
+    )
+    return dict(entries)
+
+
+@pytest.mark.parametrize(("name", "size"), RECORDED)
+def test_recorded(name: str, size: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "published.pth", published(name), "model")
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}).double().eval()
+    data = npz(f"svit/{name}.{size}.npz")
+    seen: dict[str, Tensor] = {}
+    for key, module in (("stem", model.patch_embed), ("final_act", model.act)):
+        module.register_forward_hook(lambda _m, _x, y, key=key: seen.__setitem__(key, y))
+    x = image(*map(int, size.split("x")), dtype=torch.float64)
+    with torch.inference_mode():
+        features, stages = model.forward_intermediates(x)
+        logits = model.forward_head(features)
+        assert torch.equal(logits, model(x))
+    seen |= {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
+    assert {k.split(".")[0] for k in data if k.endswith(".val_f64")} == seen.keys()
+    for key, value in seen.items():
+        assert list(value.shape) == data[f"{key}.shape"].tolist()
+        assert_matches(samples(value, data[f"{key}.idx"]), data[f"{key}.val_f64"], data[f"{key}.std"], 1e-9, key)
+    assert_matches(logits, data["logits_f64"], data["logits_f64"].std().item(), 1e-9, "logits")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant(name: str) -> None:
+    """Every published tensor has its place and shape, and the configuration is the published one."""
+    facts = VARIANTS[name]
+    model = timm.create_model(name, device="meta")
+    expected = {
+        key.replace("norm1.norm.", "norm1."): tuple(shape)
+        for key, shape, _ in keys(f"svit/{name.removesuffix('_384')}")
+        if "fold.weights" not in key
+    }
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    params = sum(p.numel() for p in model.parameters())
+    assert round(params / 1e6, 3) == facts["params_measured_trainable"]
+    cfg = model.pretrained_cfg
+    assert (cfg["url"], cfg["input_size"]) == (facts["url"], (3, facts["img_size"], facts["img_size"]))
+    assert cfg["crop_pct"] == (0.875 if facts["img_size"] == 224 else 1.0)
+    assert f"top1: {facts['top1']}" in cfg["notes"]
+    assert f"flops: {facts['flops_G']}G" in cfg["notes"]
+
+
+def test_recorded_block() -> None:
+    """A block with layer scale, in evaluation mode, with every gradient."""
+    data = npz("ops/svit_layer_s4_ls_13x18.npz")
+    weights = {k[2:].replace("norm1.norm.", "norm1."): v for k, v in data.items() if k.startswith("w/")}
+    block = Block(12, num_heads=3, stoken_size=4, layer_scale=True).double().eval()
+    block.load_state_dict({k: v for k, v in weights.items() if "fold.weights" not in k})
+    x = data["x"].requires_grad_()
+    y = block(x)
+    y.backward(data["grad_y"])
+    torch.testing.assert_close(y, data["y"], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(x.grad, data["grad_x"], rtol=1e-9, atol=1e-10)
+    for key, parameter in block.named_parameters():
+        recorded = data["g/" + key.replace("norm1.", "norm1.norm.")]
+        torch.testing.assert_close(parameter.grad, recorded, rtol=1e-9, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_ema", None])
+def test_wrappers(wrapper: str | None, tmp_path: Path) -> None:
+    source = shrunken()
+    for p in source.parameters():
+        nn.init.normal_(p, std=0.1)
+    path = save_checkpoint(tmp_path / "own.pth", {f"module.{k}": v for k, v in source.state_dict().items()}, wrapper)
+    loaded = shrunken(pretrained=True, pretrained_cfg_overlay={"file": path})
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_loading_refuses(tmp_path: Path) -> None:
+    source = shrunken(num_classes=7)
+    path = save_checkpoint(tmp_path / "seven.pth", source.state_dict(), "model")
+    with pytest.raises(RuntimeError, match="7 classes.*1000"):
+        shrunken(pretrained=True, pretrained_cfg_overlay={"file": path})
+    fresh = shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=5)
+    assert fresh.head.weight.shape[0] == 5
+    assert torch.equal(fresh.proj.weight, source.proj.weight)
+    with pytest.raises(RuntimeError, match="another shape"):
+        shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7, projection=48)
+
+
+def test_published_folder() -> None:
+    """The published address is a folder: the message says so, and what to do."""
+    with pytest.raises(RuntimeError, match="stvit_small: .*drive.google.com.*pretrained_cfg_overlay"):
+        timm.create_model("stvit_small", pretrained=True)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 32), (61, 90)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sizes(size: tuple[int, int], batch: int) -> None:
+    model = shrunken().eval()
+    features = model.forward_features(torch.randn(batch, 3, *size))
+    assert features.shape == (batch, 32, -(-size[0] // 32), -(-size[1] // 32))
+    assert model.forward_head(features).shape == (batch, 1000)
+
+
+def test_features() -> None:
+    x = torch.randn(2, 3, 64, 96)
+    model = shrunken(features_only=True, out_indices=(1, 3)).eval()
+    assert [f.shape[1:] for f in model(x)] == [(16, 8, 12), (32, 2, 3)]
+    assert model.feature_info.reduction() == [8, 32]
+    whole = shrunken().eval()
+    info = FeatureInfo(whole.feature_info, (0, 1, 2, 3))
+    final, taps = whole.forward_intermediates(x)
+    assert [t.shape[1] for t in taps] == info.channels()
+    assert torch.equal(final, whole.forward_features(x))
+    assert torch.equal(
+        whole.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)[0], taps[0]
+    )
+
+
+def test_overrides() -> None:
+    x = torch.randn(2, 4, 64, 64)
+    model = shrunken(in_chans=4, num_classes=0, global_pool="", n_iter=(2, 1, 1, 1), drop_path_rate=0.2).eval()
+    assert model(x).shape == (2, 40, 2, 2)
+    model.reset_classifier(6, "avg")
+    assert model(x).shape == (2, 6)
+    assert shrunken(projection=None, in_chans=4).eval()(x).shape == (2, 1000)
+    assert model.layers[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
+    reference = shrunken(in_chans=4, attn_backend="reference").eval()
+    chosen = shrunken(in_chans=4).eval()
+    chosen.load_state_dict(reference.state_dict())
+    torch.testing.assert_close(chosen(x), reference(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="'triton' cannot run"):
+        shrunken(attn_backend="triton")(x[:, :3])
+    with pytest.raises(TypeError):
+        shrunken(no_such_argument=1)
+
+
+def test_training_step() -> None:
+    x = torch.randn(3, 3, 64, 64)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = shrunken("stvit_base").train()
+        model.set_grad_checkpointing(checkpointing)
+        model(x).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(g is not None and g.isfinite().all() for g in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layer_groups() -> None:
+    """Layer decay goes from the stem through every block in order; a downsampling counts with the block before it."""
+    model = shrunken(depths=(2, 1, 1, 1))
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    order = ["patch_embed.proj.0.weight"] + [f"layers.{i}.blocks.{j}.norm1.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
+    assert [groups[name] for name in order] == [0, 1, 2, 3]
+    assert groups["layers.0.downsample.proj.0.weight"] == groups["layers.0.blocks.1.norm1.weight"]
+    assert groups["head.weight"] == max(groups.values())
+
+
+def test_compile_and_export() -> None:
+    model = shrunken().eval()
+    x = torch.randn(2, 3, 64, 80)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)

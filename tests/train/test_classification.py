@@ -1,0 +1,390 @@
+"""Training and evaluating: every switch trains, what a run leaves behind, and resuming to the same bits."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import training
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import RANDOM, assert_same_run, checkpoint, metrics, resume, summary, train
+
+import zoo.train.engine as engine
+from zoo.runs import load_run, newest_intact, select_weights
+from zoo.train.app import EXIT_FAILED, EXIT_INTERRUPTED, main
+
+ROOT = Path(__file__).parents[2]
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs with everything random, never interrupted."""
+    return train(tmp_path_factory.mktemp("runs") / "whole", "epochs=2", *RANDOM)
+
+
+def test_run_folder(whole: Path) -> None:
+    assert {p.name for p in whole.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "metrics.csv",
+        "summary.json",
+    }
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {
+        f"{name}.{end}" for name in ("last", "previous", "best") for end in ("pt", "manifest.json")
+    }
+    found = summary(whole)
+    for key in (
+        "model",
+        "parameters",
+        "top1",
+        "top5",
+        "epochs",
+        "seconds",
+        "images_per_second",
+        "git_revision",
+        "versions",
+    ):
+        assert key in found
+    model = timm.create_model("nat_mini", depths=[1, 1], num_heads=[1, 2], embed_dim=16, kernel_size=3, num_classes=10)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["epochs"] == 2
+    assert found["steps"] == 22
+    assert found["weights"] == "ema"
+    rows = metrics(whole)
+    assert [(r["epoch"], r["step"]) for r in rows] == [("1", "11"), ("2", "22")]
+    assert float(rows[1]["ema_top1"]) == found["top1"]
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert load_run(whole).config["model"]["kwargs"] == {
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "embed_dim": 16,
+        "kernel_size": 3,
+    }
+    state = checkpoint(whole)
+    assert {"optimizer", "scheduler", "scaler", "rng", "state_dict", "state_dict_ema", "epoch", "batch", "step"} <= set(
+        state
+    )
+
+
+@pytest.mark.parametrize("step", [11, 17, pytest.param(1, marks=SLOW), pytest.param(10, marks=SLOW)])
+def test_resume_is_bitwise(whole: Path, tmp_path: Path, step: int) -> None:
+    """Stopped in the middle and at the end of an epoch, with loaders in worker processes after the break."""
+    run = train(tmp_path / "run", "epochs=2", f"max_steps={step}", *RANDOM)
+    assert checkpoint(run)["step"] == step
+    resume(run, "max_steps=null", f"data.num_workers={step % 2}")
+    assert_same_run(whole, run, ignore=(".config.data.num_workers", ".config.max_steps"))
+
+
+def test_a_second_run_is_the_same(whole: Path, tmp_path: Path) -> None:
+    assert_same_run(whole, train(tmp_path / "again", "epochs=2", *RANDOM))
+    other = train(tmp_path / "other", "epochs=2", "seed=1", *RANDOM)
+    assert list(training.differences(checkpoint(whole)["state_dict"], checkpoint(other)["state_dict"]))
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ("amp=fp16", "optim.clip_grad=1.0"),
+        ("amp=bf16", "grad_accum=2", "optim.clip_grad=0.1", "optim.clip_mode=value"),
+        ("model=test_resnet", "channels_last=true", "optim=sgd", "optim.lr=0.01", "optim.clip_grad=0.1", "optim.clip_mode=agc", "ema.enabled=true"),
+        ("augment.repeats=3", "loss.smoothing=0.1", "model.in_chans=1", "optim.layer_decay=0.7", "schedule=constant"),
+        ("loss.name=bce", "augment.mixup=0.5", "augment.mix_mode=elem", "augment.mix_off_epoch=1", "model.grad_checkpointing=true"),
+    ],
+    ids=["fp16", "bf16-accumulate", "resnet-agc", "repeats-decay", "bce-checkpointing"],
+)  # fmt: skip
+def test_switches_train_and_resume(tmp_path: Path, switches: tuple[str, ...]) -> None:
+    if "model=test_resnet" in switches:
+        base = [f"run_dir={tmp_path / 'a'}", "batch_size=128", "device=cpu", "threads=1"]
+    else:
+        base = [f"run_dir={tmp_path / 'a'}", *training.TINY]
+    argv = [*base, "epochs=2", *switches]
+    assert main("train", argv) == 0
+    losses = [float(row["train_loss"]) for row in metrics(tmp_path / "a")]
+    assert losses[1] < losses[0]
+    argv[0] = f"run_dir={tmp_path / 'b'}"
+    assert main("train", [*argv, "max_steps=4"]) == 0
+    resume(tmp_path / "b", "max_steps=null")
+    assert_same_run(tmp_path / "a", tmp_path / "b", ignore=(".config.max_steps",))
+
+
+def test_scaler_state_is_kept(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "max_steps=3", "amp=fp16")
+    assert checkpoint(run)["scaler"]["_growth_tracker"] >= 1
+
+
+def test_accumulation_matches_a_larger_batch(tmp_path: Path) -> None:
+    plain = ("augment=none", "max_steps=3", "optim=sgd", "optim.lr=0.05", "epochs=1")
+    one = train(tmp_path / "one", *plain, "batch_size=64")
+    two = train(tmp_path / "two", *plain, "batch_size=32", "grad_accum=2")
+    a, b = checkpoint(one)["state_dict"], checkpoint(two)["state_dict"]
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+def test_compile_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile wraps the model; the checkpoint's keys are the plain model's."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **k: real(m, backend="aot_eager"))
+    run = train(tmp_path / "run", "compile=true", "max_steps=2", "ema.enabled=true")
+    state = checkpoint(run)
+    assert not any("_orig_mod" in key for key in [*state["state_dict"], *state["state_dict_ema"]])
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run", "dry_run=true", "ema.enabled=true")
+    assert checkpoint(run)["step"] == 1
+    assert summary(run)["dry_run"] is True
+    assert capsys.readouterr().out.splitlines()[-1].startswith("dry run passed")
+
+
+def test_dry_run_notices_a_checkpoint_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = engine.load_checkpoint
+
+    def other(path: Path) -> dict[str, Any]:
+        state = real(path)
+        next(iter(state["state_dict"].values())).add_(1)
+        return state
+
+    monkeypatch.setattr(engine, "load_checkpoint", other)
+    train(tmp_path / "run", "dry_run=true", expect=EXIT_FAILED)
+    assert "came back" in capsys.readouterr().err
+
+
+def test_loss_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "optim=sgd", "optim.lr=1e30", "schedule.warmup_epochs=0", expect=EXIT_FAILED)
+    error = capsys.readouterr().err
+    assert "lower optim.lr" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path / "run", "epochs=2", "checkpoint.every_steps=5", "max_steps=17", *RANDOM)
+    last = run / "checkpoints" / "last.pt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 3] ^= 4
+    last.write_bytes(data)
+    found = newest_intact(run)
+    assert found is not None
+    assert found[1]["step"] == 15
+    capsys.readouterr()
+    resume(run, "max_steps=null", "checkpoint.every_steps=null")
+    out = capsys.readouterr().out
+    assert "last.pt is damaged" in out
+    assert "newest intact checkpoint" in out
+    assert_same_run(whole, run, ignore=(".config.max_steps",))
+
+
+def test_resume_before_the_first_checkpoint(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    text = (whole / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text)
+    resume(run)
+    assert_same_run(whole, run)
+
+
+def test_resume_of_a_finished_run_changes_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = checkpoint(whole), metrics(whole), summary(whole)
+    resume(whole)
+    assert not list(training.differences(before[0], checkpoint(whole)))
+    assert (before[1], before[2]["top1"]) == (metrics(whole), summary(whole)["top1"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("top-1 ")
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.lr=1", "model=nat_tiny", "seed=4", "data=imagenet", "batch_size=2", "ema.enabled=false"]
+)
+def test_conflicting_override(whole: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    resume(whole, override, expect=2)
+    error = capsys.readouterr().err
+    assert override in error
+    assert "conflicts" in error
+
+
+def test_agreeing_override_and_more_epochs(whole: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "epochs=1")
+    resume(run, "epochs=2", "seed=0", "model=nat_mini", "data=digits", "logger=tensorboard")
+    assert [row["epoch"] for row in metrics(run)] == ["1", "2"]
+    assert (run / "tensorboard").is_dir()
+
+
+def test_folder_in_use(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = f"import sys; from zoo.runs import lock_run; keep = lock_run({str(whole)!r}); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        resume(whole, expect=2)
+        assert "another process" in capsys.readouterr().err
+    finally:
+        holder.stdin.close()
+        holder.wait()
+
+
+def test_stop_request_saves(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A signal in the middle of an update: the update is finished, saved, and the exit code says so."""
+    real = engine.Trainer._micro_step
+    import signal
+
+    def step(self: Any, images: torch.Tensor, targets: torch.Tensor, batch: int) -> Any:
+        if self.progress.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, images, targets, batch)
+
+    monkeypatch.setattr(engine.Trainer, "_micro_step", step)
+    run = train(tmp_path / "run", "epochs=2", *RANDOM, expect=EXIT_INTERRUPTED)
+    assert checkpoint(run)["step"] == 7
+    assert f"resume={run}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setattr(engine.Trainer, "_micro_step", real)
+    resume(run)
+    assert_same_run(whole, run)
+
+
+def test_stop_request_during_evaluation(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    real = engine.evaluate
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    run = train(tmp_path / "run", "epochs=2", *RANDOM, expect=EXIT_INTERRUPTED)
+    assert checkpoint(run)["step"] == 11
+    assert metrics(run) == []
+    monkeypatch.setattr(engine, "evaluate", real)
+    resume(run)
+    assert_same_run(whole, run)
+
+
+def test_eval_of_a_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "result.json"
+    assert main("eval", [f"run={whole}", f"out={out}", "threads=1"]) == 0
+    result = json.loads(out.read_text())
+    assert result["top1"] == summary(whole)["top1"]
+    assert result["weights"] == "ema"
+    assert result["images"] == 359
+    assert {"top5", "loss", "images_per_second"} <= set(result)
+    assert main("eval", [f"run={whole}", "weights=raw", f"out={out}", "batch_size=17"]) == 0
+    raw = json.loads(out.read_text())
+    assert raw["top1"] == float(metrics(whole)[-1]["top1"])
+    assert raw["loss"] == pytest.approx(float(metrics(whole)[-1]["val_loss"]), rel=1e-4)
+    assert main("eval", [f"run={whole}", "checkpoint=best", f"out={out}"]) == 0
+    assert json.loads(out.read_text())["top1"] == summary(whole)["best_top1"]
+    capsys.readouterr()
+    assert main("eval", [f"run={whole}", "model=nat_tiny"]) == 2
+    assert "conflicts with run=" in capsys.readouterr().err
+
+
+def test_eval_of_a_checkpoint_file(whole: Path, tmp_path: Path) -> None:
+    weights, _ = select_weights(checkpoint(whole), "ema")
+    file, out = tmp_path / "weights.pth", tmp_path / "out.json"
+    torch.save({"state_dict": weights}, file)
+    argv = ["model=nat_digits", *training.TINY[:3], "model.num_classes=10", "data=digits", f"out={out}"]
+    assert main("eval", [*argv, f"pretrained={file}"]) == 0
+    assert json.loads(out.read_text())["top1"] == summary(whole)["top1"]
+
+
+def test_fine_tuning_takes_a_fresh_head(tmp_path: Path) -> None:
+    """A file with another number of classes gives its backbone."""
+    model = timm.create_model("nat_mini", depths=[1, 1], num_heads=[1, 2], embed_dim=16, kernel_size=3, num_classes=7)
+    file = tmp_path / "seven.pth"
+    torch.save(model.state_dict(), file)
+    run = train(
+        tmp_path / "run",
+        f"model.pretrained={file}",
+        "max_steps=1",
+        "schedule.warmup_epochs=1",
+        "schedule.warmup_lr=1e-30",
+    )
+    state = checkpoint(run)["state_dict"]
+    own = model.state_dict()
+    torch.testing.assert_close(
+        {k: v for k, v in state.items() if "head" not in k}, {k: v for k, v in own.items() if "head" not in k}
+    )
+    assert {v.shape[0] for k, v in state.items() if "head" in k} == {10}
+
+
+def test_wrong_class_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("zoo.train.data.Digits.__getitem__", lambda self, index: (self.images[index], 12))
+    train(tmp_path / "run", expect=2)
+    error = capsys.readouterr().err
+    assert "class 12" in error
+    assert "data.num_classes" in error
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    run = train(
+        tmp_path / "run", "epochs=2", "logger=tensorboard", "log_every=5", "max_steps=13", "checkpoint.every_steps=12"
+    )
+    resume(run, "max_steps=null")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "epoch/top1", "epoch/val_loss", "epoch/train_loss"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [e.step for e in events.Scalars("train/loss")] == [5, 10, 15, 20]
+    top1 = {e.step: e.value for e in events.Scalars("epoch/top1")}
+    assert top1[22] == pytest.approx(float(metrics(run)[-1]["top1"]))
+
+
+def test_wandb_offline_and_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = train(tmp_path / "off", "logger=wandb", "logger.wandb.mode=offline", "max_steps=2", "epochs=1")
+    files = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1
+    assert b"train_loss" in files[0].read_bytes()
+    identity = (run / "wandb_id").read_text()
+    assert identity in files[0].name
+    disabled = train(tmp_path / "dis", "logger=wandb", "logger.wandb.mode=disabled", "max_steps=1")
+    assert not (disabled / "wandb").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"off", "dis"}
+
+
+def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run", "epochs=1", "log_every=5")
+    lines = capsys.readouterr().out.splitlines()
+    assert any("step 5/11" in line and "loss" in line and "images/s" in line and "ETA" in line for line in lines)
+    assert lines[-1] == f"top-1 {summary(run)['top1']:.2f} % on 359 held-out images; run folder: {run}"
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    main_end, child_end = pty.openpty()
+    argv = [sys.executable, "-m", "zoo.train", f"run_dir={tmp_path / 'run'}", *training.TINY, "epochs=1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=child_end, stderr=child_end, env=env)
+    os.close(child_end)
+    text = b""
+    while True:
+        ready, _, _ = select.select([main_end], [], [], 300)
+        try:
+            chunk = os.read(main_end, 65536) if ready else b""
+        except OSError:
+            chunk = b""
+        if not chunk:
+            break
+        text += chunk
+    os.close(main_end)
+    assert process.wait() == 0, text.decode()
+    shown = text.decode()
+    assert "11/11" in shown or "/11 [" in shown
+    assert "loss" in shown
+    assert "images/s" in shown
+    assert shown.strip().splitlines()[-1].strip().endswith(f"run folder: {tmp_path / 'run'}")

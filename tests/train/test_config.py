@@ -1,0 +1,290 @@
+"""The command line of training: one line per mistake, naming the thing and the remedy, and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import training
+from omegaconf import OmegaConf
+from PIL import Image
+
+from zoo.train.app import main
+from zoo.train.compose import compose_config, from_container
+from zoo.train.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def fails(capsys: pytest.CaptureFixture[str], command: str, *argv: str) -> str:
+    """Run a command that must fail as the user's mistake, and return its one line."""
+    assert main(command, list(argv)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith(f"zoo {command}: ")
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.out == ""
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("epohs=3", ("'epohs'", "epochs")),
+        ("optim.lrr=3", ("'optim.lrr'", "optim.lr")),
+        ("+made_up=3", ("'made_up'", "nearest")),
+        ("modle=nat_tiny", ("'modle'", "model")),
+        ("epochs=abc", ("epochs=abc", "Integer")),
+        ("epochs=2.5", ("epochs=2.5", "Integer")),
+        ("epochs=null", ("epochs=null", "give a value")),
+        ("ema.enabled=maybe", ("ema.enabled=maybe", "bool")),
+        ("data.mean=[a,b]", ("data.mean[0]=a", "Float")),
+        ("epochs=0", ("epochs=0", "at least 1")),
+        ("optim.lr=-1", ("optim.lr=-1", "positive")),
+        ("schedule.warmup_epochs=21", ("schedule.warmup_epochs", "epochs=20")),
+        ("amp=fp8", ("amp='fp8'", "fp16")),
+        ("optim.name=adamww", ("'adamww'", "adamw")),
+        ("schedule.name=cosin", ("'cosin'", "cosine")),
+        ("loss.name=cee", ("'cee'", "ce")),
+        ("epochs=1,2", ("epochs=1,2", "--multirun")),
+        ("epochs=[1", ("epochs=[1", "key=value")),
+        ("epochs", ("'epochs'", "key=value")),
+        ("--nonsense", ("--nonsense", "--help")),
+        ("model=nat_tinny", ("'nat_tinny'", "nat_tiny")),
+        ("model.name=nat_tinny", ("'nat_tinny'", "nat_tiny")),
+        ("model=null", ("configuration", "--help")),
+        ("model.kwargs.foo=3", ("nat_mini", "'foo'", "model.kwargs")),
+        ("model.kwargs.num_classes=3", ("model.num_classes",)),
+        ("model.pretrained=/no/such.pth", ("/no/such.pth", "give the path")),
+        ("model.pretrained=3", ("model.pretrained=3", "checkpoint")),
+        ("model.num_classes=4", ("model.num_classes=4", "10 classes")),
+        ("model.in_chans=2", ("model.in_chans=2", "1 (grey)")),
+        ("model.name=${nope}", ("model.name", "nope")),
+        ("data=imagfolder", ("imagfolder", "imagefolder")),
+        ("data=imagefolder", ("data.root", "PATH")),
+        ("data=imagefolder data.root=/no/such", ("/no/such", "data.root=PATH")),
+        ("data.name=nope", ("'nope'", "imagefolder")),
+        ("data.name=torch/cifar10 data.root=.", ("torch/cifar10", "data.download")),
+        ("data=timm", ("data.name", "data.name=VALUE")),
+        ("data.num_classes=3", ("data.num_classes=3", "10 classes")),
+        ("batch_size=5000", ("1438", "lower batch_size")),
+        ("batch_size=33 augment.mixup=0.5", ("batch_size=33", "even")),
+        ("augment.auto_augment=rnd-m9", ("rnd-m9", "rand-m9")),
+        ("augment=digit", ("augment=digit", "digits")),
+        ("experiment=nat_huge", ("nat_huge", "nat_base")),
+        ("optim.kwargs.betaz=[1,2]", ("adamw", "betaz", "optim.kwargs")),
+        ("device=tpu", ("'tpu'", "cuda")),
+        ("resume=/no/such", ("/no/such", "zoo train")),
+        ("resume=/", ("/ is not a run folder", "config.yaml")),
+        ("hydra.searchpath=[file:///no/such]", ("/no/such", "file:///")),
+        ("--config-dir=/no/such", ("/no/such", "give the folder")),
+        ("hydra.job_logging.version=1", ("hydra.job_logging", "not open")),
+        ("logger=wandb logger.wandb.mode=sometimes", ("'sometimes'", "offline")),
+    ],
+)
+def test_train_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str, words: tuple[str, ...]) -> None:
+    line = fails(capsys, "train", f"run_root={tmp_path}", *argv.split())
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.rglob("*")), "a start that failed left a run folder"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", ("model.name", "give")),
+        ("runn=3", ("'runn'", "run")),
+        ("run=/no/such", ("/no/such",)),
+        ("model=nat_tiny", ("no weights", "pretrained")),
+        ("model=nat_tiny pretrained=/no/such.pth", ("/no/such.pth",)),
+        ("model=nat_tinny pretrained=true", ("'nat_tinny'", "nat_tiny")),
+        ("model=nat_mini checkpoint=first", ("'first'", "last")),
+        ("--multirun run=x", ("--multirun",)),
+    ],
+)
+def test_eval_mistake(capsys: pytest.CaptureFixture[str], argv: str, words: tuple[str, ...]) -> None:
+    line = fails(capsys, "eval", *argv.split())
+    for word in words:
+        assert word in line
+
+
+def test_code_from_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    targets = (
+        "model.kwargs._target_=os.system",
+        "++model.kwargs._target_=os.system",
+        "++model.kwargs={_target_: os.system}",
+        "+optim.kwargs.a={b: [{_target_: os.system}]}",
+        "++_target_=os.system",
+        "hydra.sweeper._target_=os.system",
+        "hydra.callbacks.x._target_=os.system",
+    )
+    for override in targets:
+        line = fails(capsys, "train", override)
+        assert "code to run" in line or "not open" in line
+    for group, content in (
+        ("model", "name: nat_mini\nkwargs:\n  depths:\n    _target_: os.system\n"),
+        (
+            "experiment",
+            f"# @package _global_\nmodel:\n  kwargs:\n    x:\n      - _target_: os.system\n        c: touch {marker}\n",
+        ),
+    ):
+        folder = tmp_path / group / group
+        folder.mkdir(parents=True)
+        (folder / "evil.yaml").write_text(content)
+        assert "code to run" in fails(capsys, "train", f"--config-dir={tmp_path / group}", f"{group}=evil")
+    sweeping = tmp_path / "sweep" / "experiment"
+    sweeping.mkdir(parents=True)
+    (sweeping / "evil.yaml").write_text(
+        f"# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.system\n      command: touch {marker}\n"
+    )
+    argv = ["--multirun", f"--config-dir={sweeping.parent}", "experiment=evil", "seed=1,2"]
+    assert "not open" in fails(capsys, "train", *argv)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {name: nat_mini, kwargs: {x: {_target_: os.system}}}")
+    assert "code to run" in fails(capsys, "train", f"resume={run}")
+    assert not marker.exists()
+
+
+def _class_folders(root: Path, splits: dict[str, tuple[str, ...]], images: int = 3) -> Path:
+    for split, classes in splits.items():
+        for index, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (40, 36), (60 * index, 20 * i, 90)).save(folder / f"{i}.png")
+    return root
+
+
+def test_folder_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = _class_folders(tmp_path / "a", {"train": ("cat", "dog")})
+    common = ("data=imagefolder", "batch_size=2", f"run_root={tmp_path / 'runs'}")
+    assert "validation" in fails(capsys, "train", f"data.root={root}", *common)
+    (root / "val").mkdir()
+    assert "no images" in fails(capsys, "train", f"data.root={root}", *common)
+    other = _class_folders(tmp_path / "b", {"train": ("cat", "dog"), "val": ("cat", "emu")})
+    assert "emu" in fails(capsys, "train", f"data.root={other}", *common)
+    three = _class_folders(tmp_path / "c", {"train": ("a", "b", "c"), "val": ("a",)})
+    assert "3 classes" in fails(capsys, "train", f"data.root={three}", "data.num_classes=2", *common)
+
+
+def test_too_many_classes_in_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "thousand.pth"
+    torch.save({"model": timm.create_model("test_resnet", num_classes=1000).state_dict()}, file)
+    line = fails(capsys, "eval", "model=test_resnet", f"pretrained={file}")
+    assert "1000" in line
+    assert "10" in line
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", ["epohs=3", "debug=true"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_internal_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.train.app.compose_config", lambda *a, **k: 1 // 0)
+    assert main("train", []) == 1
+    error = capsys.readouterr().err
+    assert error.splitlines() == [error.strip()]
+    assert "ZeroDivisionError" in error
+    assert "debug=true" in error
+
+
+def test_any_model_name_is_a_choice() -> None:
+    for name in ("test_vit", "resnet18.a1_in1k", "nat_tiny"):
+        assert compose_config("config", [f"model={name}"]).model.name == name
+    assert compose_config("config", ["model=nat_digits"]).model.kwargs.depths == [1, 2, 2]
+
+
+def test_free_sections_take_new_keys() -> None:
+    config = compose_config("config", ["model.kwargs.dilations=[1,2]", "optim.kwargs={betas: [0.9, 0.95]}"])
+    assert config.model.kwargs.dilations == [1, 2]
+    assert config.optim.kwargs.betas == [0.9, 0.95]
+
+
+def test_data_choose_their_augmentation(tmp_path: Path) -> None:
+    assert compose_config("config", []).augment.hflip == 0
+    assert compose_config("config", ["data=imagenet", "data.root=x"]).augment.mixup == 0.8
+    assert compose_config("config", ["data=imagenet", "augment=none"]).augment.enabled is False
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("name: imagefolder\nroot: somewhere\n")
+    mine = compose_config("config", ["data=mine"], [str(tmp_path)])
+    assert mine.data.root == "somewhere"
+    assert mine.augment.hflip == 0.5
+
+
+def test_hydra_searchpath(tmp_path: Path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: test_vit\nepochs: 7\n")
+    config = compose_config("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert config.epochs == 7
+    assert config.model.name == "test_vit"
+
+
+CHOICES = {
+    "model": ("nat_digits", "default"),
+    "data": ("digits", "imagefolder", "imagenet", "timm"),
+    "optim": ("adamw", "sgd", "lamb"),
+    "schedule": ("cosine", "constant"),
+    "augment": ("none", "digits", "imagefolder", "imagenet", "timm"),
+    "logger": ("none", "tensorboard", "wandb"),
+    "experiment": ("nat_imagenet", "nat_mini", "nat_tiny", "nat_small", "nat_base"),
+}
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, names in CHOICES.items() for n in names])
+def test_every_configuration_composes(group: str, name: str) -> None:
+    assert (ROOT / "configs" / group / f"{name}.yaml").is_file()
+    extra = {"timm": ["data.name=hfds/x"], "default": ["model.name=nat_mini"]}.get(name, [])
+    from_container(compose_config("config", [f"{group}={name}", *extra]), TrainConfig)
+
+
+def test_nat_recipe_is_the_published_one() -> None:
+    config = compose_config("config", ["experiment=nat_small", "data.root=x"])
+    assert config.model.name == "nat_small"
+    assert (config.epochs, config.schedule.cooldown_epochs, config.schedule.warmup_epochs) == (300, 10, 20)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (1e-3, 0.05, 5.0)
+    assert (config.augment.mixup, config.augment.cutmix, config.augment.random_erasing) == (0.8, 1.0, 0.25)
+    assert config.loss.smoothing == 0.1
+
+
+def test_show_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", ["--cfg", "job", "epochs=3"]) == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert shown.epochs == 3
+    assert main("train", ["--help"]) == 0
+    text = capsys.readouterr().out
+    for key in ("usage: zoo train", "nat_digits", "imagefolder", "every_steps", "--multirun"):
+        assert key in text
+    assert main("eval", ["--help"]) == 0
+    assert "checkpoint: last" in capsys.readouterr().out
+
+
+def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--multirun", "seed=1,2", "max_steps=1", f"run_root={tmp_path}", *training.TINY]
+    assert main("train", argv) == 0
+    runs = sorted(tmp_path.glob("sweep-*/*/summary.json"))
+    assert [r.parent.name for r in runs] == ["0", "1"]
+    assert [training.summary(r.parent)["seed"] for r in runs] == [1, 2]
+    capsys.readouterr()
+    assert "'epohs'" in fails(capsys, "train", "--multirun", "epohs=1,2", f"run_root={tmp_path}")
+    assert "nat_mini" in fails(capsys, "train", "--multirun", "model=nat_mini,nat_minni", f"run_root={tmp_path}")
+
+
+def test_nothing_is_left_beside_the_run(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from zoo.train.app import main; sys.exit(main('train', sys.argv[1:]))"
+    argv = [sys.executable, "-c", code, "max_steps=1", *training.TINY]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("top-1 ")
+    assert last.endswith(f"run folder: {next((tmp_path / 'runs').iterdir()).relative_to(tmp_path)}")

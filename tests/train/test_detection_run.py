@@ -1,0 +1,273 @@
+"""`zoo detect` from end to end: training, evaluation, exact resume, signals, and the errors of every bad input."""
+
+import csv
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mmdet")
+
+import torch
+from mmengine.config import Config
+from zoo.runs import load_checkpoint
+from zoo.train.mmdet import coco_average_precision
+from zoo.train.mmdet.detect import main
+from zoo.train.mmdet.digits_coco import DigitsCoco, build_digits_coco
+from zoo.train.mmdet.loops import TrainLoop
+
+SMALL = [
+    "detector.channels=16", "detector.fc_channels=16", "detector.proposals=16", "detector.roi_samples=16",
+    "data.canvas=64", "data.scale=[64,64]", "data.train_count=7", "data.val_count=3", "data.augment=flip",
+    "batch_size=2", "val_batch_size=2", "schedule.epochs=2", "schedule.warmup_steps=2", "threads=1", "log_every=1",
+    "model.drop_path_rate=0.2", "pictures=2",
+]  # fmt: skip
+TIMES = ("images_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digits_coco")
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two epochs with four steps each."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}"]) == 0
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    found = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+
+
+def assert_same(a: Any, b: Any, path: str = "state") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in (*TIMES, "cfg"):
+                assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}.{i}")
+    else:
+        assert a == b, path
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert rows(folder) == rows(reference)
+    assert_same(*(load_checkpoint(f / "checkpoints/last.pt") for f in (folder, reference)))
+
+
+def test_run_folder(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert {"bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "parameters", "versions", "seed"} <= summary.keys()
+    assert (summary["epochs"], summary["steps"], summary["images"]) == (2, 8, 3)
+    assert [row["epoch"] for row in rows(whole)] == ["1", "2"]
+    assert float(rows(whole)[1]["bbox_mAP"]) == summary["bbox_mAP"]
+    for name in ("curves.png", "predictions.png"):
+        assert (whole / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    config = Config.fromfile(whole / "detector.py")
+    assert config.model.backbone.type == "zoo.Backbone"
+    assert config.custom_imports.imports == ["zoo.train.mmdet"]
+    assert config.model.roi_head.bbox_head.num_classes == 10
+
+
+def test_saved_predictions_have_the_reported_precision(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    truth = Config.fromfile(whole / "detector.py").val_evaluator.ann_file
+    for kind in ("bbox", "segm"):
+        found = coco_average_precision(truth, whole / f"predictions.{kind}.json", kind, engine="pycocotools")
+        for key in ("mAP", "mAP_50", "mAP_75"):
+            assert found[key] == pytest.approx(summary[f"{kind}_{key}"], abs=1e-9)
+
+
+def test_evaluation_repeats_the_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert main(["eval=true", f"run={whole}", f"out={tmp_path / 'out.json'}"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {k: result[k] for k in ("bbox_mAP", "segm_mAP_50")} == {k: summary[k] for k in ("bbox_mAP", "segm_mAP_50")}
+    assert f"box AP {summary['bbox_mAP']:.3f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_evaluation_of_weights_alone(whole: Path, cache: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "detector.pth"
+    torch.save({"meta": {}, "state_dict": load_checkpoint(whole / "checkpoints/last.pt")["state_dict"]}, weights)
+    arguments = [*SMALL, f"data.root={cache}", "eval=true", f"weights={weights}", f"run_dir={tmp_path / 'eval'}"]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert result["bbox_mAP"] == json.loads((whole / "summary.json").read_text())["bbox_mAP"]
+
+
+def test_resume_inside_an_epoch_is_exact(whole: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}", "max_steps=6"]) == 0
+    assert [row["step"] for row in rows(folder)] == ["4", "6"]
+    assert main([f"resume={folder}", "max_steps=null"]) == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("moment", ["step", "last step", "evaluation"])
+def test_signal_saves_and_resumes_exactly(
+    moment: str, whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    if moment == "evaluation":
+        from mmengine.runner import ValLoop as owner
+    else:
+        owner = TrainLoop
+    count, original = {"step": 2, "last step": 4, "evaluation": 1}[moment], owner.run_iter
+    calls = 0
+
+    def interrupted(self: Any, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        original(self, *args) if moment != "evaluation" else None
+        if calls == count:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, *args) if moment == "evaluation" else None
+
+    monkeypatch.setattr(owner, "run_iter", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}"]) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (folder / "summary.json").exists()
+    monkeypatch.setattr(owner, "run_iter", original)
+    assert main([f"resume={folder}"]) == 0
+    assert_same_run(folder, whole)
+
+
+def test_damaged_checkpoint_falls_back(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoints/last.pt").write_bytes(b"not a checkpoint")
+    assert main([f"resume={folder}"]) == 0
+    assert "is damaged" in capsys.readouterr().out
+    assert_same_run(folder, whole)
+
+
+def test_dry_run_without_data_builds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data=coco", "model=nat_mini", "dry_run=true"]) == 0
+    assert "mask_rcnn with nat_mini: 3" in capsys.readouterr().out  # 39.6 M parameters
+
+
+def test_dry_run(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, f"data.root={cache}", f"run_dir={tmp_path / 'run'}", "dry_run=true", "detector=retinanet"]
+    assert main(arguments) == 0
+    assert "dry run passed" in capsys.readouterr().out.splitlines()[-1]
+
+
+def coco_folder(root: Path) -> Path:
+    """A copy of a small digits_coco laid out as COCO is."""
+    source = build_digits_coco(root / "cache", DigitsCoco(canvas=64, train_images=4, val_images=3, size=(24, 40)))
+    data = root / "data"
+    (data / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        shutil.copytree(source / split, data / f"{split}2017")
+        shutil.copy(source / f"annotations/{split}.json", data / f"annotations/instances_{split}2017.json")
+    return data
+
+
+COCO = [*[a for a in SMALL if not a.startswith(("data.canvas", "data.train_count", "data.val_count"))],
+        "data=coco", "model=nat_digits", "schedule=digits", "schedule.epochs=1", "schedule.warmup_steps=1",
+        "batch_size=2", "data.num_workers=0", "detector.anchor_scale=4"]  # fmt: skip
+
+
+def edit(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text())
+    for key, change in changes.items():
+        content[key] = change(content[key])
+    file.write_text(json.dumps(content))
+
+
+def test_unreadable_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = coco_folder(tmp_path)
+    (data / "train2017/000002.png").write_bytes(b"")
+    (data / "val2017/000003.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    assert main([*COCO, f"data.root={data}", f"run_dir={tmp_path / 'run'}"]) == 0
+    bad = json.loads((tmp_path / "run/summary.json").read_text())["unreadable_images"]
+    assert bad == [str(data / "train2017/000002.png"), str(data / "val2017/000003.png")]
+    assert "2 images could not be read" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("data=coco model=nat_mini", ("data.root is not set",)),
+        ("data=coco model=nat_mini data.root=/no/such", ("/no/such", "data.root=FOLDER")),
+        ("data=coco model=nat_mini data.root={data} data.train_annotations=x.json", ("x.json", "data.train_annotations")),
+        ("data=coco model=nat_mini data.root={data} data.val_images=val", ("no image folder", "data.val_images")),
+        ("detector=mask_rnn", ("mask_rnn", "mask_rcnn")),
+        ("model=nat_minni", ("nat_minni", "nat_mini")),
+        ("schedule=2x", ("schedule=2x", "1x")),
+        ("schedule.lr=-1", ("schedule.lr=-1", "positive")),
+        ("schedule.lrr=1", ("schedule.lrr", "schedule.lr")),
+        ("model.frozen_stages=9", ("frozen_stages is 9", "3 stages")),
+        ("model.out_indices=[0,7]", ("model.out_indices=[0, 7]", "strides [4, 8, 16]")),
+        ("model.pretrained=/no/such.pth", ("/no/such.pth", "run folder")),
+        ("model.kwargs.foo=1", ("nat_mini", "foo")),
+        ("weights=/no/such.pth", ("/no/such.pth", "weights=FILE")),
+        ("eval=true", ("run=RUN_FOLDER", "weights=FILE")),
+        ("eval=true run=/no/such", ("/no/such",)),
+        ("resume=/no/such", ("/no/such",)),
+        ("data.canvas=20", ("canvas 20", "data.canvas")),
+        ("detector.overrides.rpn_head.typo=1", ("detector.overrides", "typo")),
+        ("model._target_=os.system", ("_target_", "cannot name code")),
+        ("seed=1,2", ("seed",)),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    arguments: str, words: tuple[str, ...], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = coco_folder(tmp_path) if "{data}" in arguments else None
+    argv = arguments.format(data=data).split()
+    small = [] if "data=coco" in arguments else [*SMALL, f"data.root={cache}"]
+    alone = any(a.startswith(("resume", "run=")) for a in argv)
+    assert main([*([] if alone else [*small, f"run_dir={tmp_path / 'run'}"]), *argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert all(word in error[0] for word in words), error[0]
+    assert not (tmp_path / "run").exists(), "a start that failed left a run folder"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"categories": lambda c: [*c[:-1], {"id": 10, "name": "ten"}]}, ("different categories", "'nine'", "'ten'")),
+        ({"annotations": lambda a: []}, ("is empty", "0 annotations")),
+        ({"images": lambda i: []}, ("is empty", "0 images")),
+        ({"images": lambda i: [{**i[0], "file_name": "other.png"}]}, ("other.png", "data.val_images")),
+        ({"annotations": lambda a: [{**a[0], "category_id": 77}]}, ("77", "categories do not list")),
+    ],
+)
+def test_bad_annotations_are_named(
+    change: dict[str, Any], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = coco_folder(tmp_path)
+    edit(data / "annotations/instances_val2017.json", **change)
+    assert main([*COCO, f"data.root={data}", f"run_dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+def test_conflicting_resume_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"resume={whole}", "schedule.lr=5"]) == 2
+    assert "schedule.lr=5 conflicts with the run's schedule.lr=0.001" in capsys.readouterr().err
+
+
+def test_help_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("zoo detect", "cascade_mask_rcnn", "digits_coco", "3x", "coco_mask_rcnn_nat_mini_3x", "anchor_scale"):
+        assert word in text
+    assert main(["--cfg", "job", "seed=7"]) == 0
+    assert "seed: 7" in capsys.readouterr().out

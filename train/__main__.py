@@ -1,0 +1,8 @@
+"""`python -m zoo.train` is `zoo train`; under torchrun, `torchrun --nproc-per-node=2 -m zoo.train`."""
+
+import sys
+
+from zoo.train.app import main
+
+if __name__ == "__main__":
+    sys.exit(main("train", sys.argv[1:]))

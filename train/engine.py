@@ -1,0 +1,551 @@
+"""The training loop: timm's task, optimizer, schedule and mixing, from any checkpoint on, to the same bits."""
+
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, random_seed
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from zoo.errors import UserError
+from zoo.runs import load_checkpoint, newest_intact, save_checkpoint
+from zoo.train.build import build_model
+from zoo.train.config import TrainConfig
+from zoo.train.data import EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
+from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
+from zoo.train.loggers import Console, Loggers, write_metrics
+from zoo.train.plot import plot_curves
+from zoo.train.report import describe, write_summary
+from zoo.train.state import World, isolated_rng, restore_rng, rng_state
+
+__all__ = ["Interrupted", "Progress", "Trainer", "TrainingFailed"]
+
+FORMAT = 1
+
+
+class Interrupted(BaseException):
+    """A signal stopped the run after its state was saved. No Exception, so that a sweep stops with its job."""
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on, such as after a loss that is no number."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint restores besides weights and generators."""
+
+    epoch: int = 0  # the epoch under way, from 0
+    batch: int = 0  # its micro-batches already used
+    step: int = 0  # updates of the run
+    images: int = 0  # training images seen, over all processes
+    seconds: float = 0.0  # training time, evaluation included
+    loss_sum: float = 0.0  # of the epoch under way, over its micro-batches, in this process
+    best: float = -1.0
+    best_epoch: int = 0
+
+
+class _Signals:
+    """SIGTERM and SIGINT ask once for an orderly stop; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _determinism(enabled: bool) -> Iterator[None]:
+    """Deterministic algorithms inside the block where PyTorch has them."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not enabled
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = before[3]
+
+
+class Trainer:
+    """One run of `zoo train`, in one of its processes.
+
+    Args:
+        cfg: the validated configuration.
+        run_dir: the run folder, which exists and holds config.yaml.
+        world: the processes of the run.
+
+    Raises:
+        UserError: data, weights or checkpoint do not fit the configuration.
+    """
+
+    def __init__(self, cfg: TrainConfig, run_dir: Path, world: World) -> None:
+        self.cfg, self.run_dir, self.world = cfg, run_dir, world
+        self.checkpoints = run_dir / "checkpoints"
+        self.signals = _Signals()
+        self.progress = Progress()
+        self.history: list[dict[str, Any]] = []
+        if cfg.threads is not None:
+            torch.set_num_threads(cfg.threads)
+        self._open_data()
+        self._build()
+
+    def _open_data(self) -> None:
+        cfg = self.cfg
+        hints: dict[str, Any] = {"batch_size": cfg.batch_size, "seed": cfg.seed}
+        self.train_set = open_dataset(cfg.data, True, cfg.model.in_chans, **hints)
+        class_map = getattr(getattr(self.train_set, "reader", None), "class_to_idx", None)
+        folder = class_map if cfg.data.name in ("imagefolder", "folder", "") else None
+        self.val_set = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=folder, **hints)
+        found = class_count(cfg.data, self.train_set)
+        wanted = cfg.model.num_classes
+        if found is None and wanted is None:
+            raise UserError(f"{cfg.data.name} does not say how many classes it has; set data.num_classes")
+        if found is not None and wanted is not None and wanted < found:
+            raise UserError(
+                f"model.num_classes={wanted}, but the data have {found} classes; leave it out or set {found}"
+            )
+        self.num_classes = wanted or int(found or 0)
+
+    def _build(self) -> None:
+        cfg, world = self.cfg, self.world
+        random_seed(cfg.seed, 0)  # the same weights in every process
+        model = build_model(cfg.model, self.num_classes, cfg.data.img_size)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
+        self.loader = TrainLoader(self.train_set, cfg.data, cfg.augment, shape, cfg.batch_size, cfg.seed, world)
+        self.val_loader = EvalLoader(self.val_set, cfg.data, shape, cfg.val_batch_size or cfg.batch_size, world)
+        self.updates_per_epoch = math.ceil(self.loader.batches / cfg.grad_accum)
+        self.epochs = cfg.epochs + cfg.schedule.cooldown_epochs
+        self.total_steps = min(self.epochs * self.updates_per_epoch, cfg.max_steps or sys.maxsize)
+        if cfg.dry_run:
+            self.total_steps = 1
+        model = model.to(world.device)
+        if cfg.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.mixup = create_mixup(cfg.augment, self.num_classes, cfg.loss.smoothing)
+        self.task = self._create_task(model)
+        self.optimizer = self._create_optimizer(model)
+        if cfg.ema.enabled:
+            self.task.setup_ema(decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
+        if cfg.compile:
+            self.task.compile()
+        if world.distributed:
+            self.task.prepare_distributed(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        self.schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=cfg.schedule.name,
+            num_epochs=cfg.epochs,
+            cooldown_epochs=cfg.schedule.cooldown_epochs,
+            warmup_epochs=cfg.schedule.warmup_epochs,  # type: ignore[arg-type]
+            warmup_lr=cfg.schedule.warmup_lr,
+            min_lr=cfg.schedule.min_lr,
+            decay_epochs=cfg.schedule.decay_epochs,
+            decay_rate=cfg.schedule.decay_rate,
+            decay_milestones=cfg.schedule.decay_milestones,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        self.schedule.step_update(0)
+        self.autocast = autocast(world.device, cfg.amp)
+        self.scaler = NativeScaler(device=world.device.type) if cfg.amp == "fp16" else None
+        random_seed(cfg.seed, world.rank)  # drop path differs between processes
+
+    def _create_task(self, model: torch.nn.Module) -> ClassificationTask:
+        loss = self.cfg.loss
+        options: dict[str, Any] = {
+            "loss_type": loss.name,
+            "smoothing": loss.smoothing,
+            "soft_targets": self.mixup is not None,
+        }
+        if loss.name == "bce":
+            options |= {"bce_sum": loss.bce_sum, "bce_target_thresh": loss.bce_target_thresh}
+        return ClassificationTask(model, criterion_kwargs=options, device=self.world.device, verbose=False)
+
+    def _create_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        optim = self.cfg.optim
+        try:
+            return create_optimizer_v2(
+                model,
+                opt=optim.name,
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                momentum=optim.momentum,
+                layer_decay=optim.layer_decay,
+                **optim.kwargs,
+            )
+        except (TypeError, ValueError, AssertionError, ImportError) as error:
+            raise UserError(f"optim.name={optim.name} refuses its arguments: {error}; see optim.kwargs") from error
+
+    def _state(self) -> dict[str, Any]:
+        """The checkpoint; every process takes part."""
+        generators = self.world.gather({**rng_state(), "loss_sum": self.progress.loss_sum})
+        state = {
+            "format": FORMAT,
+            "model": self.cfg.model.name,
+            "num_classes": self.num_classes,
+            **vars(self.progress),
+            "history": self.history,
+            "config": OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True),
+            "world_size": self.world.size,
+            "rng": generators,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            **self.task.get_checkpoint_state(),
+        }
+        if self.task.has_ema():
+            state |= self.task.get_checkpoint_state(ema=True)
+        return state
+
+    def save(self, *, best: bool = False) -> None:
+        """Write `last`, and `best` before it where this epoch is the best: a crash between the two is made good."""
+        self.save_as(*(("best", "last") if best else ("last",)))
+        self.saved_at = time.monotonic()
+
+    def save_as(self, *names: str) -> None:
+        """Write the state under names, in this order; every process takes part.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        state = self._state()
+        if not self.world.is_primary:
+            return
+        try:
+            for name in names:
+                kept = "previous.pt" if name == "last" else None
+                save_checkpoint(self.checkpoints / f"{name}.pt", state, previous=kept)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the checkpoint in {self.checkpoints}: {error}; make room and resume"
+            ) from error
+
+    def restore(self, state: dict[str, Any], source: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: it is of another number of processes, another model, or another data set size.
+        """
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{source} has checkpoint format {state.get('format')}, this version reads {FORMAT}; start a new run"
+            )
+        if state["world_size"] != self.world.size:
+            raise UserError(
+                f"the run was made by {state['world_size']} processes and this start has {self.world.size}; "
+                f"resume it with torchrun --nproc-per-node={state['world_size']}"
+            )
+        if state["batch"] > self.loader.batches:
+            raise UserError(
+                f"{source} is in batch {state['batch']} of an epoch of {self.loader.batches}; the data have changed"
+            )
+        unwrapped = self.task.get_checkpoint_state()["state_dict"]
+        if set(unwrapped) != set(state["state_dict"]):
+            raise UserError(f"{source} belongs to another model than {self.cfg.model.name}")
+        self.task.load_checkpoint_state(state["state_dict"])
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["config"]["epochs"] == self.cfg.epochs:
+            self.schedule.load_state_dict(state["scheduler"])
+        else:  # the schedule was stretched
+            self.schedule.step_update(state["step"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        own = state["rng"][self.world.rank]
+        self.progress = Progress(**{k: state[k] for k in vars(self.progress)})
+        self.progress.loss_sum = own["loss_sum"]
+        self.history = [dict(row) for row in state["history"]]
+        restore_rng(own)
+
+    def _mix(self, images: Tensor, targets: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        off = self.cfg.augment.mix_off_epoch
+        if self.mixup is None:
+            return images, targets
+        self.mixup.mixup_enabled = off is None or self.progress.epoch < off
+        # draws from NumPy's global generator
+        with isolated_rng(self.cfg.seed, 5, self.progress.epoch, batch, self.world.rank):
+            return self.mixup(images, targets)
+
+    def _backward(self, loss: Tensor, update: bool) -> None:
+        optim = self.cfg.optim
+        parameters = self.task.get_clip_parameters(exclude_head=optim.clip_mode == "agc")
+        second_order = getattr(self.optimizer, "is_second_order", False)
+        if self.scaler is not None:
+            self.scaler(
+                loss, self.optimizer, clip_grad=optim.clip_grad, clip_mode=optim.clip_mode, parameters=parameters,
+                create_graph=second_order, need_update=update,
+            )  # fmt: skip
+            return
+        loss.backward(create_graph=second_order)
+        if update:
+            if optim.clip_grad is not None:
+                dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+            self.optimizer.step()
+
+    def _micro_step(self, images: Tensor, targets: Tensor, batch: int) -> tuple[Tensor, bool]:
+        """Forward and backward of one micro-batch; returns its loss and whether it completed an update."""
+        cfg = self.cfg
+        check_targets(targets, self.num_classes)
+        images = images.to(self.world.device, non_blocking=True)
+        targets = targets.to(self.world.device, non_blocking=True)
+        images, targets = self._mix(images, targets, batch)
+        if cfg.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        first = batch // cfg.grad_accum * cfg.grad_accum
+        group = min(cfg.grad_accum, self.loader.batches - first)
+        update = batch - first == group - 1
+        with nullcontext() if update else self.task.no_sync():
+            with self.autocast():
+                loss = self.task(images, targets)["loss"]
+            self._backward(loss / group, update)
+        return loss.detach(), update
+
+    def _train_epoch(self, console: Console, loggers: Loggers | None) -> None:
+        """Train to the end of the epoch, or to the end of the run inside it (max_steps, dry_run)."""
+        cfg, progress, world = self.cfg, self.progress, self.world
+        if progress.batch >= self.loader.batches or progress.step >= self.total_steps:
+            return
+        self.task.train()
+        label = f"{progress.epoch + 1}/{self.epochs}"
+        pending: list[Tensor] = []  # losses not yet read from the device
+        clock, images_seen = time.perf_counter(), 0
+        begin = clock
+        self.optimizer.zero_grad(set_to_none=True)
+        for images, targets in self.loader.epoch(progress.epoch, progress.batch):
+            loss, update = self._micro_step(images, targets, progress.batch)
+            pending.append(loss)
+            progress.batch += 1
+            count = len(images) * world.size
+            progress.images += count
+            images_seen += count
+            if not update:
+                continue
+            self.optimizer.zero_grad(set_to_none=True)
+            progress.step += 1
+            self.task.update_ema(step=progress.step)
+            self.schedule.step_update(progress.step)
+            end = progress.step >= self.total_steps
+            due = self._checkpoint_due()
+            stop = world.any(self.signals.received is not None)
+            read = world.device.type == "cpu" or progress.step % cfg.log_every == 0 or end or due or stop
+            last = None
+            if read:
+                last = self._read(pending)
+            now = time.perf_counter()
+            rate = images_seen / max(now - begin, 1e-9)
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            console.step(label, last, rate, lr)
+            if loggers is not None and progress.step % cfg.log_every == 0:
+                loggers.log({"train/loss": last, "train/lr": lr, "train/images_per_second": rate}, progress.step)
+            if stop or due or end:
+                progress.seconds += now - clock
+                clock = now
+            if stop:
+                self._stop(loggers)
+            if end:
+                break
+            if due:
+                self.save()
+        else:
+            progress.batch = self.loader.batches  # a stream may end a little before its announced length
+        if pending:
+            self._read(pending)
+        self.rate = images_seen / max(time.perf_counter() - begin, 1e-9)
+        progress.seconds += time.perf_counter() - clock
+
+    def _read(self, pending: list[Tensor]) -> float:
+        values = torch.stack(pending).double().cpu().tolist()
+        pending.clear()
+        for value in values:
+            if not math.isfinite(value):
+                raise TrainingFailed(
+                    f"the loss is {value} near step {self.progress.step}; lower optim.lr or set optim.clip_grad; "
+                    f"the last checkpoint is in {self.checkpoints}"
+                )
+            self.progress.loss_sum += value
+        return values[-1]
+
+    def _checkpoint_due(self) -> bool:
+        cfg = self.cfg.checkpoint
+        if cfg.every_steps is not None and self.progress.step % cfg.every_steps == 0:
+            return True
+        if cfg.every_seconds is None:
+            return False
+        return self.world.any(time.monotonic() - self.saved_at >= cfg.every_seconds)
+
+    def _stop(self, loggers: Loggers | None) -> None:
+        self.save()
+        if loggers is not None:
+            loggers.flush()
+        raise Interrupted
+
+    def _evaluate(self, ema: bool) -> Evaluation:
+        model: Any = self.task.get_eval_model(ema=ema)
+        if not ema and isinstance(model, DistributedDataParallel):
+            model = model.module
+        if self.world.distributed:  # batch norm's averages are those of the first process, which are the ones saved
+            distribute_bn(model, self.world.size, reduce=False)
+        result = evaluate(
+            model,
+            self.val_loader,
+            self.world,
+            num_classes=self.num_classes,
+            amp=self.cfg.amp,
+            channels_last=self.cfg.channels_last,
+            max_batches=1 if self.cfg.dry_run else None,
+            stop=lambda: self.signals.received is not None,
+        )
+        if result is None:
+            raise Interrupted
+        return result
+
+    def _end_epoch(self, console: Console, loggers: Loggers | None, final: bool) -> None:
+        """Evaluate, log and save after an epoch, or where the run ends inside one."""
+        cfg, progress = self.cfg, self.progress
+        clock = time.perf_counter()
+        epoch = progress.epoch + 1
+        row: dict[str, Any] = {"epoch": epoch, "step": progress.step}
+        row["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        loss = self.world.sum(
+            torch.tensor([progress.loss_sum, progress.batch], dtype=torch.float64, device=self.world.device)
+        )
+        row["train_loss"] = float(loss[0] / loss[1])
+        partial = progress.batch < self.loader.batches
+        if partial:  # a resumed run goes on inside the epoch, so what follows is no part of its state
+            self.save()
+        better = False
+        if final or epoch % cfg.eval_every == 0:
+            try:
+                raw = self._evaluate(ema=False)
+                averaged = self._evaluate(ema=True) if self.task.has_ema() else None
+            except Interrupted:
+                self._stop(loggers)
+            row |= {"val_loss": raw.loss, "top1": raw.top1, "top5": raw.top5, "held_out": raw.images}
+            if averaged is not None:
+                row |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
+            score = (averaged or raw).top1
+            better = score > progress.best
+            if better:
+                progress.best, progress.best_epoch = score, epoch
+        progress.seconds += time.perf_counter() - clock
+        row |= {"images_per_second": self.rate or None, "seconds": progress.seconds}
+        figures = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step", "held_out")}
+        self.history.append(row)
+        if partial:
+            if better:
+                self.save_as("best")
+        else:
+            progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+            if final or better or progress.epoch % cfg.checkpoint.every_epochs == 0:
+                self.save(best=better)
+        if self.world.is_primary:
+            write_metrics(self.run_dir / "metrics.csv", self.history)
+        if loggers is not None:
+            loggers.log(figures, progress.step)
+            loggers.flush()
+        console.say(describe(row, self.epochs, console.eta()))
+
+    def _verify_dry_run(self) -> None:
+        """Load what was saved, compare it with what is in memory, and go on from it."""
+        path = self.checkpoints / "last.pt"
+        state = load_checkpoint(path)
+        for ema in (False, True) if self.task.has_ema() else (False,):
+            key = "state_dict_ema" if ema else "state_dict"
+            for name, value in self.task.get_checkpoint_state(ema=ema)[key].items():
+                if not torch.equal(value.cpu(), state[key][name]):
+                    raise TrainingFailed(f"dry run: {name} of {key} came back from {path} with other values")
+        self.restore(state, path)
+
+    def fit(self) -> dict[str, Any]:
+        """Train from the newest intact checkpoint, or from the start, to the end; return the summary.
+
+        Raises:
+            Interrupted: a signal came; the state is saved.
+            TrainingFailed: the loss is no longer a number.
+        """
+        with self.signals.installed(), _determinism(self.cfg.deterministic):
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
+        world, cfg = self.world, self.cfg
+        found = newest_intact(self.run_dir)
+        if found is not None:
+            path, state, problems = found
+            self.restore(state, path)
+            if world.is_primary:
+                for problem in problems:
+                    print(f"warning: {problem}", flush=True)
+                at = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
+                intact = "the newest intact checkpoint, " if problems else ""
+                print(f"resuming from {intact}{path}: {at}", flush=True)
+        if world.is_primary:
+            for leftover in self.checkpoints.glob(".*.tmp"):
+                leftover.unlink()
+            write_metrics(self.run_dir / "metrics.csv", self.history)
+        self.saved_at = time.monotonic()
+        self.rate = 0.0
+        config: Any = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
+        loggers = Loggers(cfg.logger, self.run_dir, config, self.progress.step) if world.is_primary else None
+        console = Console(self.total_steps, self.progress.step, cfg.log_every, world.is_primary)
+        try:
+            if world.any(self.signals.received is not None):
+                self._stop(loggers)
+            while self.progress.step < self.total_steps or self.progress.batch > 0:
+                self._train_epoch(console, loggers)
+                if cfg.dry_run:
+                    self.save()
+                    if world.is_primary:
+                        self._verify_dry_run()
+                final = self.progress.step >= self.total_steps
+                self._end_epoch(console, loggers, final)
+                if final:
+                    break
+        finally:
+            console.close()
+            if loggers is not None:
+                loggers.close()
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        summary = write_summary(self.run_dir, self.cfg, self.progress, self.history, self.parameters, self.world)
+        if self.world.is_primary and self.history:
+            title = f"{self.cfg.model.name} on {self.cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %"
+            plot_curves(self.run_dir / "curves.png", self.history, title)
+        return summary

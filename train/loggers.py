@@ -1,0 +1,174 @@
+"""Where a run's figures go: metrics.csv, TensorBoard, Weights & Biases, and the terminal."""
+
+import csv
+import io
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import UserError
+from zoo.runs import write_atomic
+from zoo.train.config import LoggerConfig
+
+__all__ = ["FIELDS", "Console", "Loggers", "write_metrics"]
+
+FIELDS = (
+    "epoch", "step", "lr", "train_loss", "val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5",
+    "images_per_second", "seconds",
+)  # fmt: skip
+
+
+def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write metrics.csv: one line per epoch, empty where a figure was not taken."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: row.get(k) for k in FIELDS} for row in history)
+    write_atomic(path, buffer.getvalue())
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # on resume, what was logged after the checkpoint is taken back
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        for key, value in figures.items():
+            self.writer.add_scalar(key, value, step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, cfg: LoggerConfig, run_dir: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "logger.wandb needs the package wandb; `pip install wandb`, or logger.wandb.mode=disabled"
+            ) from error
+        identity = run_dir / "wandb_id"
+        if not identity.is_file():
+            write_atomic(identity, secrets.token_hex(8))
+        try:
+            self.run = wandb.init(
+                mode=cfg.wandb.mode,  # type: ignore[arg-type]
+                project=cfg.wandb.project,
+                entity=cfg.wandb.entity,
+                name=cfg.wandb.name or run_dir.name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=dict(config),
+                settings=wandb.Settings(silent=True),
+            )
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            raise UserError(
+                f"Weights & Biases refused ({str(error).splitlines()[0]}); `wandb login`, or logger.wandb.mode=offline"
+            ) from error
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Loggers:
+    """The loggers that the configuration asks for, behind one call."""
+
+    def __init__(self, cfg: LoggerConfig, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
+        self.sinks: list[_TensorBoard | _Wandb] = []
+        if cfg.tensorboard:
+            self.sinks.append(_TensorBoard(run_dir, step))
+        if cfg.wandb.mode != "disabled":
+            self.sinks.append(_Wandb(cfg, run_dir, config))
+
+    def log(self, figures: Mapping[str, float | None], step: int) -> None:
+        """Log the figures of a step; None is left out."""
+        known = {k: float(v) for k, v in figures.items() if v is not None}
+        for sink in self.sinks:
+            sink.log(known, step)
+
+    def flush(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _width() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except OSError:
+        return 0
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere; silent in all processes but the first."""
+
+    def __init__(self, total: int, done: int, every: int, enabled: bool = True) -> None:
+        self.total, self.done, self.every, self.enabled = total, done, every, enabled
+        self.started, self.first = time.perf_counter(), done
+        self.bar: Any = None
+        if enabled and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            # a pseudo-terminal may have no width, and tqdm then shows nothing
+            options: dict[str, Any] = {"dynamic_ncols": True} if _width() else {"ncols": 100}
+            self.bar = tqdm(total=total, initial=done, unit="step", file=sys.stdout, leave=False, **options)
+
+    def eta(self) -> str:
+        """Time to the end at the pace so far."""
+        pace = (time.perf_counter() - self.started) / max(1, self.done - self.first)
+        return _clock(pace * (self.total - self.done))
+
+    def step(self, epoch: str, loss: float | None, rate: float, lr: float) -> None:
+        """Count an update; `loss` is None where reading it would stall the device."""
+        self.done += 1
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            if loss is not None:
+                self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s", refresh=False)
+                self.bar.set_description_str(f"epoch {epoch}", refresh=False)
+            self.bar.update()
+        elif loss is not None and self.done % self.every == 0:
+            self.say(
+                f"epoch {epoch}  step {self.done}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{rate:.0f} images/s  ETA {self.eta()}"
+            )
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,254 @@
+"""`zoo.Backbone`: any model that timm can build, as the backbone of an mmdet detector."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from mmengine.model import BaseModule
+from timm.layers import LayerNorm2d
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo.errors import UserError
+from zoo.registry import require_model
+
+from .checkpoints import adapt_backbone_keys
+from .registry import MODELS
+
+__all__ = ["Backbone", "feature_channels", "feature_levels"]
+
+# Norms that the originals' detection backbones put on their outputs: (models, outputs, epsilon). NAT: detection/nat.py;
+# DaViT: mmdet/.../davit.py; BiFormer: models_mm/biformer_mm.py; LITv2: backbones/litv2.py, which leaves stage 1 as it is.
+_PUBLISHED_OUT_NORMS = (
+    (("nat_*", "dinat_*"), (0, 1, 2, 3), 1e-5),
+    (("zoo_davit_*",), (0, 1, 2, 3), 1e-5),
+    (("biformer_*",), (0, 1, 2, 3), 1e-6),
+    (("litv2_*",), (1, 2, 3), 1e-5),
+)
+_NO_OUT_NORMS = ("*_isotropic_*",)
+
+
+class _NoIntermediates(Exception):
+    """The model has no forward_intermediates."""
+
+
+def _wrap_features(model: nn.Module, **cfg: Any) -> nn.Module:
+    """timm's feature wrapper that leaves a model's parameter names alone."""
+    if not hasattr(model, "forward_intermediates"):
+        raise _NoIntermediates
+    return FeatureGetterNet(model, out_indices=cfg["out_indices"])
+
+
+def _create(name: str, out_indices: Sequence[int], pretrained: Any = False, **model_args: Any) -> nn.Module:
+    require_model(name)
+    model_args = {"features_only": True, "out_indices": tuple(out_indices), **_weights_source(pretrained), **model_args}
+    try:
+        try:
+            return timm.create_model(name, feature_cls=_wrap_features, **model_args)
+        except _NoIntermediates:
+            return timm.create_model(name, **model_args)
+    except (IndexError, AssertionError) as error:
+        raise ValueError(f"zoo.Backbone: {name} has no outputs {tuple(out_indices)}: {error}") from error
+
+
+def _weights_source(pretrained: Any) -> dict[str, Any]:
+    """The arguments of timm.create_model for `pretrained`: a bool, a file, an address or a run folder."""
+    if not pretrained or pretrained is True:
+        return {"pretrained": bool(pretrained)}
+    source = str(pretrained)
+    if source.startswith(("https://", "http://")):
+        return {"pretrained": True, "pretrained_cfg_overlay": {"url": source, "hf_hub_id": None}}
+    path = Path(source).expanduser()
+    if path.is_dir():
+        from zoo.runs import load_run
+
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": load_run(path).state_dict()}}
+    if not path.is_file():
+        raise UserError(f"pretrained={source}: there is no such file or run folder")
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+
+
+def feature_channels(name: str, out_indices: Sequence[int] = (0, 1, 2, 3), **model_args: Any) -> list[int]:
+    """Channels of a backbone's outputs, found without allocating its weights.
+
+    Raises:
+        UserError: timm knows no such model.
+        ValueError: the model has no such outputs.
+    """
+    with torch.device("meta"):
+        return list(_create(name, out_indices, **model_args).feature_info.channels())
+
+
+def feature_levels(name: str, **model_args: Any) -> list[tuple[int, int]]:
+    """(channels, stride) of every feature level of a model, found without allocating its weights.
+
+    Raises:
+        UserError: timm knows no such model.
+    """
+    with torch.device("meta"):
+        wrapper = _create(name, (0,), **model_args)
+    return [(int(i["num_chs"]), int(i["reduction"])) for i in wrapper.feature_info.info]
+
+
+@MODELS.register_module()
+class Backbone(BaseModule):
+    """Multi-scale features [B, C_i, H / s_i, W / s_i] of a timm model, for any neck of mmdet.
+
+    Args:
+        name: any name that `timm.create_model` takes.
+        out_indices: which of the model's feature levels to return (for most of timm's convolutional networks level 0
+            is the stem, and mmdet's usual four levels are 1..4).
+        pretrained: True for the model's published weights, a checkpoint file (the original repository's format is
+            understood), an address, or the folder of a `zoo train` run.
+        frozen_stages: as in mmdet: -1 trains everything, 0 freezes the stem, k the stem and the first k stages;
+            a stage is a feature level of stride 4 or more.
+        drop_path_rate: passed on when given.
+        norm_eval: keep batch normalization in evaluation mode while training.
+        out_norms: a LayerNorm on outputs, `norm0`, `norm1` ...: "auto" for what the original detection backbone has,
+            True for all, False for none, or the levels that get one.
+        out_norm_eps: their epsilon; None for the original's, or 1e-6.
+        with_cp: recompute activations in the backward pass.
+        init_cfg: None, or mmdet's dict(type="Pretrained", checkpoint=...), which is the same as `pretrained`.
+        model_args: further arguments of the model: NAT's dilations, BiFormer's n_win, LITv2's local_ws ...
+
+    Raises:
+        UserError: the model or the file does not exist.
+        ValueError: the model has no such outputs or stages.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        pretrained: bool | str | Path | None = False,
+        frozen_stages: int = -1,
+        drop_path_rate: float | None = None,
+        norm_eval: bool = False,
+        out_norms: str | bool | Sequence[int] = "auto",
+        out_norm_eps: float | None = None,
+        with_cp: bool = False,
+        init_cfg: Mapping[str, Any] | None = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__()
+        if init_cfg is not None:
+            if init_cfg.get("type") != "Pretrained" or pretrained:
+                raise ValueError(f"zoo.Backbone: init_cfg is {dict(init_cfg)}; give the weights with `pretrained`")
+            pretrained = init_cfg["checkpoint"]
+        if drop_path_rate is not None:
+            model_args["drop_path_rate"] = drop_path_rate
+        self.name = name
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        wrapper = _create(name, self.out_indices, pretrained, **model_args)
+        self.channels: list[int] = list(wrapper.feature_info.channels())
+        self.reductions: list[int] = list(wrapper.feature_info.reduction())
+        self._levels = [(str(i["module"]), int(i["reduction"])) for i in wrapper.feature_info.info]
+        if isinstance(wrapper, FeatureGetterNet):
+            self.body = wrapper.model
+            self._taps: Any = wrapper.out_indices
+        else:
+            self.body = wrapper
+            self._taps = None
+        if with_cp:
+            self.body.set_grad_checkpointing(True)
+        if out_norms == "auto" and model_args.get("dense"):
+            out_norms = False  # LITv2's dense form brings them along
+        self._normed = self._add_out_norms(out_norms, out_norm_eps)
+        self._frozen = self._freeze()
+
+    def _add_out_norms(self, out_norms: str | bool | Sequence[int], eps: float | None) -> tuple[int, ...]:
+        published: tuple[tuple[int, ...], float] = ((), 1e-6)
+        for patterns, levels, epsilon in _PUBLISHED_OUT_NORMS:
+            if any(fnmatch.fnmatch(self.name, p) for p in patterns):
+                published = levels, epsilon
+        if any(fnmatch.fnmatch(self.name, p) for p in _NO_OUT_NORMS):
+            published = (), published[1]
+        if out_norms == "auto":
+            wanted = [i for i in self.out_indices if i in published[0]]
+        elif isinstance(out_norms, str):
+            raise ValueError(f"zoo.Backbone: out_norms is {out_norms!r}; it takes 'auto', a bool or a list of levels")
+        elif isinstance(out_norms, bool):
+            wanted = list(self.out_indices) if out_norms else []
+        else:
+            wanted = list(out_norms)
+            if not set(wanted) <= set(self.out_indices):
+                raise ValueError(f"zoo.Backbone: out_norms {wanted} are not all among out_indices {self.out_indices}")
+        for level in wanted:
+            channels = self.channels[self.out_indices.index(level)]
+            self.add_module(f"norm{level}", LayerNorm2d(channels, eps=published[1] if eps is None else eps))
+        return tuple(wanted)
+
+    def _freeze(self) -> list[nn.Module]:
+        """Stop the gradients of the stem and the first stages; the modules that hold nothing else."""
+        if self.frozen_stages < 0:
+            return []
+        stages = [(i, module) for i, (module, stride) in enumerate(self._levels) if stride >= 4]
+        if self.frozen_stages > len(stages):
+            raise ValueError(
+                f"zoo.Backbone: frozen_stages is {self.frozen_stages}; {self.name} has {len(stages)} stages"
+            )
+        module = stages[max(self.frozen_stages, 1) - 1][1]
+        for parameter in self._up_to(module, inclusive=self.frozen_stages > 0):
+            parameter.requires_grad_(False)
+        frozen = [
+            m for m in self.body.modules() if (ps := list(m.parameters())) and not any(p.requires_grad for p in ps)
+        ]
+        for level, _ in stages[: self.frozen_stages]:
+            if level in self._normed:
+                norm = getattr(self, f"norm{level}")
+                norm.requires_grad_(False)
+                frozen.append(norm)
+        return frozen
+
+    def _up_to(self, path: str, inclusive: bool) -> list[nn.Parameter]:
+        """Parameters of the modules that run before a module; modules are registered in the order of execution."""
+        before: list[nn.Parameter] = []
+        reached = False
+        for name, module in self.body.named_modules():
+            inside = f"{name}.".startswith((f"{path}.", f"{path.replace('.', '_')}."))  # as FeatureListNet spells it
+            if inside and not inclusive or reached and not inside:
+                return before
+            reached = reached or inside
+            before.extend(module.parameters(recurse=False))
+        if not reached:
+            raise ValueError(f"zoo.Backbone: {self.name} has no module {path}; frozen_stages cannot be used")
+        return before
+
+    def init_weights(self) -> None:
+        """Nothing: the model was initialized, or its weights loaded, when it was built."""
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of images [B, 3, H, W], NCHW, from fine to coarse."""
+        if self._taps is None:
+            features = self.body(x)
+        else:
+            features = self.body.forward_intermediates(  # type: ignore[operator]
+                x, indices=self._taps, output_fmt="NCHW", intermediates_only=True
+            )
+        return tuple(
+            getattr(self, f"norm{level}")(f) if level in self._normed else f
+            for level, f in zip(self.out_indices, features, strict=True)
+        )
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode; frozen stages, and batch normalization under norm_eval, stay in evaluation mode."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen:
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        adapt_backbone_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,186 @@
+"""The configuration of `zoo detect`: every key, its type and its default, and what is checked before a start."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from zoo.errors import UserError
+from zoo.train.config import AMP, WANDB_MODES, CheckpointConfig, LoggerConfig, choose
+
+__all__ = ["DetectConfig", "validate_detect"]
+
+DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn", "atss", "dino")
+AUGMENTATIONS = ("none", "flip", "multiscale", "detr")
+OPTIMIZERS = ("AdamW", "SGD")
+_OWN_MODEL_KEYS = (
+    "pretrained",
+    "drop_path_rate",
+    "out_indices",
+    "frozen_stages",
+    "norm_eval",
+    "out_norms",
+    "num_classes",
+)
+
+
+@dataclass
+class BackboneConfig:
+    """The arguments of zoo.Backbone."""
+
+    name: str = MISSING
+    pretrained: Any = False  # false, true (the published weights), a checkpoint file, or a run folder
+    out_indices: Optional[list[int]] = None  # the levels of stride 4 to 32 when null
+    frozen_stages: int = -1
+    drop_path_rate: Optional[float] = None
+    norm_eval: bool = False
+    out_norms: Any = "auto"
+    grad_checkpointing: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the model's own
+
+
+@dataclass
+class DetectorConfig:
+    """Which of mmdet's detectors, and its sizes."""
+
+    name: str = MISSING
+    channels: int = 256  # of neck and convolutional heads
+    fc_channels: int = 1024  # of the box heads of two-stage detectors
+    anchor_scale: Optional[float] = None  # side of the square anchor in strides; mmdet's own when null
+    proposals: Optional[int] = None  # of two-stage detectors, per image; mmdet's own (2000 and 1000) when null
+    roi_samples: int = 512  # per image in training
+    overrides: dict[str, Any] = field(default_factory=dict)  # merged into mmdet's model config before sizes are set
+
+
+@dataclass
+class DetectDataConfig:
+    """Which images: `digits_coco`, or any data set in COCO's format."""
+
+    name: str = MISSING
+    root: Optional[str] = None
+    train_annotations: str = "annotations/instances_train2017.json"
+    val_annotations: str = "annotations/instances_val2017.json"
+    train_images: str = "train2017"
+    val_images: str = "val2017"
+    scale: list[int] = field(default_factory=lambda: [1333, 800])  # longest and shortest side
+    augment: str = "flip"
+    pad_divisor: int = 32
+    num_workers: int = 2
+    canvas: int = 128  # this and the rest: of digits_coco alone
+    train_count: int = 600
+    val_count: int = 100
+
+
+@dataclass
+class DetectScheduleConfig:
+    """Length and optimizer. The learning rate is that of `base_batch` images, and scaled to the real batch."""
+
+    epochs: int = 12
+    milestones: list[int] = field(default_factory=lambda: [8, 11])  # epochs after which the rate falls to a tenth
+    cosine: bool = False  # a cosine to 1 % of the rate instead
+    warmup_steps: int = 500
+    optimizer: str = "AdamW"
+    lr: float = 1e-4
+    base_batch: Optional[int] = None  # null: the rate is as it stands
+    weight_decay: float = 0.05
+    layer_decay: Optional[float] = None
+    backbone_lr: float = 1.0  # factor on the backbone's rate
+    clip_norm: Optional[float] = None
+    accumulate: int = 1  # batches per update
+
+
+@dataclass
+class DetectConfig:
+    """`zoo detect`."""
+
+    eval: bool = False  # evaluate only: a run, or a checkpoint
+    run: Optional[str] = None  # the run folder to evaluate
+    checkpoint_name: str = "last"  # of a run: last, best, previous
+    weights: Optional[str] = None  # a detector checkpoint to start from or to evaluate, published ones included
+    out: Optional[str] = None  # a JSON file for the result of an evaluation
+    batch_size: int = 2  # per process
+    val_batch_size: int = 1
+    eval_every: int = 1  # epochs
+    max_steps: Optional[int] = None
+    log_every: int = 50
+    pictures: int = 8  # validation images drawn with predictions
+    seed: int = 0
+    threads: Optional[int] = None
+    amp: str = "none"
+    deterministic: bool = True
+    run_root: str = "runs"
+    run_dir: Optional[str] = None
+    resume: Optional[str] = None
+    dry_run: bool = False
+    debug: bool = False
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    data: DetectDataConfig = field(default_factory=DetectDataConfig)
+    schedule: DetectScheduleConfig = field(default_factory=DetectScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    notes: dict[str, Any] = field(default_factory=dict)  # of an experiment: expected AP, source, cost
+
+
+def _require(condition: bool, key: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value} is out of range; give {wanted}")
+
+
+def validate_detect(cfg: DetectConfig) -> None:
+    """Check values that types do not catch.
+
+    Raises:
+        UserError: a name is unknown or a value out of range; the message names the key and the remedy.
+    """
+    choose("detector.name", cfg.detector.name, DETECTORS)
+    choose("data.augment", cfg.data.augment, AUGMENTATIONS)
+    choose("schedule.optimizer", cfg.schedule.optimizer, OPTIMIZERS)
+    choose("amp", cfg.amp, AMP)
+    choose("logger.wandb.mode", cfg.logger.wandb.mode, WANDB_MODES)
+    choose("checkpoint_name", cfg.checkpoint_name, ("last", "best", "previous"))
+    for key in _OWN_MODEL_KEYS:
+        if key in cfg.model.kwargs:
+            raise UserError(f"model.kwargs.{key} is set by model.{key}; use `model.{key}={cfg.model.kwargs[key]}`")
+    if not isinstance(cfg.model.pretrained, bool | str):
+        raise UserError(
+            f"model.pretrained={cfg.model.pretrained!r} is no choice; give true, false, a file or a run folder"
+        )
+    rate = cfg.model.drop_path_rate
+    _require(rate is None or 0 <= rate < 1, "model.drop_path_rate", rate, "a rate from 0 to below 1")
+    for key in ("batch_size", "val_batch_size", "eval_every", "log_every"):
+        _require(getattr(cfg, key) >= 1, key, getattr(cfg, key), "at least 1")
+    _require(cfg.max_steps is None or cfg.max_steps > 0, "max_steps", cfg.max_steps, "at least 1, or null")
+    _require(cfg.threads is None or cfg.threads > 0, "threads", cfg.threads, "at least 1")
+    _require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "a whole number from 0 to below 2**31")
+    _require(cfg.pictures >= 0, "pictures", cfg.pictures, "0 or more")
+    schedule, data, detector = cfg.schedule, cfg.data, cfg.detector
+    for key in ("epochs", "accumulate"):
+        _require(getattr(schedule, key) >= 1, f"schedule.{key}", getattr(schedule, key), "at least 1")
+    _require(schedule.lr > 0, "schedule.lr", schedule.lr, "a positive learning rate")
+    _require(schedule.weight_decay >= 0, "schedule.weight_decay", schedule.weight_decay, "0 or more")
+    _require(schedule.warmup_steps >= 0, "schedule.warmup_steps", schedule.warmup_steps, "0 or more")
+    _require(
+        sorted(set(schedule.milestones)) == schedule.milestones,
+        "schedule.milestones",
+        schedule.milestones,
+        "rising epochs",
+    )
+    decay, clip = schedule.layer_decay, schedule.clip_norm
+    _require(decay is None or 0 < decay <= 1, "schedule.layer_decay", decay, "a factor above 0 up to 1, or null")
+    _require(clip is None or clip > 0, "schedule.clip_norm", clip, "a positive bound, or null")
+    if decay is not None and schedule.backbone_lr != 1:
+        raise UserError("schedule.layer_decay and schedule.backbone_lr both set the backbone's rates; keep one")
+    _require(
+        len(data.scale) == 2 and min(data.scale) >= 32, "data.scale", data.scale, "[longest,shortest] of at least 32"
+    )
+    _require(data.num_workers >= 0, "data.num_workers", data.num_workers, "0 or more")
+    _require(data.pad_divisor >= 1, "data.pad_divisor", data.pad_divisor, "at least 1")
+    for key in ("channels", "fc_channels", "roi_samples"):
+        _require(getattr(detector, key) >= 8, f"detector.{key}", getattr(detector, key), "at least 8")
+    if detector.name == "dino" and (detector.channels != 256 or detector.anchor_scale is not None):
+        raise UserError("detector=dino has no detector.channels and no anchors to set; use detector.overrides")
+    if cfg.resume and cfg.eval:
+        raise UserError(
+            "resume and eval=true exclude each other; evaluate a run with `zoo detect eval=true run=FOLDER`"
+        )

@@ -1,0 +1,141 @@
+"""Which models this package registers with timm, and what is known of each."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs
+from timm.models._registry import _model_entrypoints
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.errors import UserError
+from zoo.models._builder import published_figures
+from zoo.ops._dispatch import resolve_backend, without_triton
+
+__all__ = ["ModelInfo", "model_info", "models_table", "nearest_names", "package_models", "require_model", "table_row"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `zoo info` prints of a model."""
+
+    name: str
+    family: str
+    parameters: int  # measured
+    macs: int  # measured multiply-adds at input_size, batch 1
+    input_size: tuple[int, int, int]
+    accepted_sizes: str
+    num_classes: int
+    ops: dict[str, str]  # op -> the backend that this machine takes
+    checkpoints: dict[str, dict[str, Any]]  # tag -> its configuration
+    top1: str | None
+    licence: str | None
+    paper: str | None
+    origin: str | None
+
+
+def package_models(patterns: Iterable[str] = ()) -> list[str]:
+    """Names of the models that this package registers, sorted; all of them or those that match a wildcard."""
+    own = {n for n, entry in _model_entrypoints.items() if entry.__module__.startswith("zoo.models.")}
+    patterns = list(patterns)
+    return [n for n in (timm.list_models(patterns) if patterns else timm.list_models()) if n in own]
+
+
+def nearest_names(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The candidates that are spelt most like a name."""
+    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
+
+
+def require_model(name: str) -> None:
+    """Raise UserError, naming the nearest names, unless timm knows the model."""
+    if timm.is_model(name):
+        return
+    near = nearest_names(name.split(".")[0], timm.list_models())
+    hint = f"the nearest names are {', '.join(near)}" if near else "`zoo list` prints the names"
+    raise UserError(f"unknown model {name!r}; {hint}")
+
+
+class _OpRecorder(TorchDispatchMode):
+    """Notes which of this package's ops run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "zoo":
+            self.names.add(func._schema.name.removeprefix("zoo::").removesuffix("_qkvpacked"))
+        return func(*args, **(kwargs or {}))
+
+
+def model_info(name: str) -> ModelInfo:
+    """Measure and look up what is known of a model.
+
+    Raises:
+        UserError: timm knows no such model.
+    """
+    require_model(name)
+    model: Any = timm.create_model(name, pretrained=False, device="meta").eval()
+    cfg = model.pretrained_cfg
+    size = tuple(cfg["input_size"])
+    recorder = _OpRecorder()
+    with FlopCounterMode(display=False) as counter, recorder, torch.no_grad():
+        model(torch.empty(1, *size, device="meta"))
+    architecture = name.split(".")[0]
+    configurations = get_arch_pretrained_cfgs(architecture)
+    fixed = cfg.get("fixed_input_size", False)
+    papers = cfg.get("paper_ids") or ()
+    return ModelInfo(
+        name=name,
+        family=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        input_size=size,
+        accepted_sizes=f"{size[1]} x {size[2]} only" if fixed else "any H, W >= 32",
+        num_classes=model.num_classes,
+        ops={op: _backend_here(op) for op in sorted(recorder.names)},
+        checkpoints={tag: c.to_dict() for tag, c in configurations.items()},
+        top1=published_figures(cfg).get("top1"),
+        licence=cfg.get("license"),
+        paper=_paper(cfg.get("paper_name"), [papers] if isinstance(papers, str) else list(papers)),
+        origin=cfg.get("origin_url"),
+    )
+
+
+def _paper(name: str | None, identifiers: list[str]) -> str | None:
+    return f"{name} ({', '.join(identifiers)})" if name and identifiers else name or ", ".join(identifiers) or None
+
+
+TABLE_HEADER = (
+    "| model | family | parameters | multiply-adds | at | ImageNet-1k top-1 | checkpoints | licence |",
+    "|---|---|---:|---:|---|---:|---|---|",
+)
+
+
+def table_row(name: str) -> str:
+    """The model's row of MODELS.md: measured size and cost, published accuracy and tags."""
+    info = model_info(name)
+    weights = [(n, c) for n, c in info.checkpoints.items() if c.get("url") or c.get("hf_hub_id")]
+    tags = ", ".join(n.split(".", 1)[1] if "." in n else n for n, _ in weights) or "none published"
+    return (
+        f"| `{name}` | {info.family} | {info.parameters / 1e6:.1f} M | {info.macs / 1e9:.2f} G "
+        f"| {info.input_size[1]} x {info.input_size[2]} | {info.top1 or ''} | {tags} | {info.licence or ''} |"
+    )
+
+
+def models_table() -> str:
+    """MODELS.md: every registered model."""
+    intro = (
+        "# Models\n\nWritten by `make models-table`. Parameters and multiply-adds are measured at the default head and "
+        "input size;\naccuracy is what the authors published for the default checkpoint.\n"
+    )
+    return "\n".join([intro, *TABLE_HEADER, *(table_row(name) for name in package_models())]) + "\n"
+
+
+def _backend_here(op: str) -> str:
+    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    return resolve_backend(op, None, x, without_triton(x))
