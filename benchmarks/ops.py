@@ -13,6 +13,7 @@ import fnmatch
 import importlib
 import importlib.metadata
 import json
+import os
 import pkgutil
 import platform
 import shlex
@@ -156,6 +157,7 @@ def environment(device: torch.device, threads: int, arguments: Sequence[str] | N
         "command": shlex.join(["python", "benchmarks/ops.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "cpu": cpu_name(),
         "threads": threads,
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "git_revision": git("rev-parse", "HEAD"),

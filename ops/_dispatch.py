@@ -1,5 +1,6 @@
 """What every op shares: the choice of a backend, and registration with torch.library."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scale", "without_triton"]
+__all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scale", "runs_triton", "without_triton"]
 
 LIBRARY = torch.library.Library("zoo", "DEF")
 
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+_AUTOCAST_SET = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
 
 def require(condition: bool, message: str) -> None:
@@ -55,9 +57,14 @@ def resolve_backend(op: str, backend: str | None, x: Tensor, unavailable: dict[s
     return backend
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def without_triton(x: Tensor) -> dict[str, str]:
     """Why the Triton kernels cannot run on a tensor like x, as `resolve_backend` takes it; empty where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return {"triton": "the package triton is not installed"}
     if x.dtype == torch.float64:
         return {"triton": "the kernels compute in float32; float64 runs on the other backends"}
@@ -66,6 +73,21 @@ def without_triton(x: Tensor) -> dict[str, str]:
     if x.device.type not in ("cpu", "cuda", "meta"):
         return {"triton": f"the tensors are on {x.device}"}
     return {}
+
+
+def runs_triton(op: str, backend: str, x: Tensor) -> bool:
+    """Whether a registered op that is called with this backend string runs its Triton kernels.
+
+    The public functions pass the path that they chose; scripted models call the registered op by name and leave the
+    choice to it with "" or "auto".
+
+    Raises:
+        ValueError, RuntimeError: as `resolve_backend`.
+    """
+    if backend == "cpu":
+        return False
+    chosen = None if backend in ("", "auto") else backend
+    return resolve_backend(op, chosen, x, without_triton(x)) == "triton"
 
 
 def register_op(
@@ -89,7 +111,7 @@ def register_op(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=tuple(tags))
-    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_autocast(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zoo::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.zoo, name).default
     if backward is not None:
@@ -98,6 +120,17 @@ def register_op(
         for device, key in _AUTOCAST_KEYS.items():
             LIBRARY.impl(name, _autocast_rule(op, device, key), key.name, with_keyset=False)
     return op
+
+
+def _without_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel whose own products keep their dtypes: a backward may run inside the loss's autocast region."""
+
+    @functools.wraps(impl)
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_SET):
+            return impl(*args)
+
+    return kernel
 
 
 def _autocast_rule(op: Any, device: str, key: torch._C.DispatchKey) -> Callable[..., Any]:

@@ -135,8 +135,8 @@ class Console:
         if enabled and sys.stdout.isatty():
             from tqdm import tqdm
 
-            # a pseudo-terminal may have no width, and tqdm then shows nothing
-            options: dict[str, Any] = {"dynamic_ncols": True} if _width() else {"ncols": 100}
+            # a pseudo-terminal may have no size, and tqdm then shows nothing
+            options: dict[str, Any] = {"dynamic_ncols": True} if _width() else {"ncols": 100, "nrows": 20}
             self.bar = tqdm(total=total, initial=done, unit="step", file=sys.stdout, leave=False, **options)
 
     def eta(self) -> str:

@@ -116,14 +116,16 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any], *, previous: str
     try:
         torch.save(dict(state), temporary)
         digest = _digest(temporary)
-        old = _read_manifest(path).get("sha256")
+        before = _read_manifest(path)
+        # a writer that died between manifest and file left the hash of its own file and, behind it, of the one there
+        accepted = [h for h in (before.get("sha256"), *before.get("replaces", [])) if h][:3]
         if previous is not None:
             _keep(path, previous)
         manifest = {
             "file": path.name,
             "sha256": digest,
             "bytes": temporary.stat().st_size,
-            "replaces": [old] if old and path.exists() else [],
+            "replaces": accepted if path.exists() else [],
             **{k: state[k] for k in ("step", "epoch") if k in state},
         }
         write_atomic(_manifest_path(path), json.dumps(manifest, indent=1))

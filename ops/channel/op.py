@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale
+from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from . import cpu, reference
 
 __all__ = ["channel_attention", "channel_attention_qkvpacked"]
 
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
+_NAME = "channel_attention"
 
 
 def channel_attention(
@@ -41,7 +41,7 @@ def channel_attention(
         require(x.dtype == q.dtype, f"{name}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
         require(x.device == q.device, f"{name}: {label} must be on q's device {q.device}, got {x.device}")
     _check(name, q)
-    path = resolve_backend(name, backend, q, _UNAVAILABLE)
+    path = resolve_backend(name, backend, q, without_triton(q))
     factor = resolve_scale(scale, q.shape[-1])
     if path == "reference":
         return reference.channel_attention(q, k, v, factor)
@@ -59,7 +59,7 @@ def channel_attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, back
         qkv.ndim == 5 and qkv.shape[2] == 3, f"{name}: qkv must be [B, N, 3, heads, dim], got shape {tuple(qkv.shape)}"
     )
     _check(name, qkv)
-    path = resolve_backend(name, backend, qkv, _UNAVAILABLE)
+    path = resolve_backend(name, backend, qkv, without_triton(qkv))
     factor = resolve_scale(scale, qkv.shape[-1])
     if path == "reference":
         q, k, v = qkv.unbind(2)
@@ -74,6 +74,10 @@ def _check(name: str, x: Tensor) -> None:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    if runs_triton(_NAME, backend, q):
+        from .kernels import channel_forward_triton
+
+        return channel_forward_triton(q, k, v, scale)
     return cpu.forward(q, k, v, scale)
 
 
@@ -81,20 +85,37 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = (_empty(q), _empty(q), _empty(q))
-    cpu.backward(grad, q, k, v, maps, scale, grads)
+    _backward_into(grad, q, k, v, maps, scale, backend, grads)
     return grads
 
 
+def _backward_into(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: Tensor,
+    scale: float,
+    backend: str,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    if runs_triton(_NAME, backend, q):
+        from .kernels import channel_backward_triton
+
+        channel_backward_triton(grad, q, k, v, maps, scale, into)
+    else:
+        cpu.backward(grad, q, k, v, maps, scale, into)
+
+
 def _forward_packed(qkv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    return cpu.forward(q, k, v, scale)
+    return _forward(*qkv.unbind(2), scale, backend)
 
 
 def _backward_packed(grad: Tensor, qkv: Tensor, maps: Tensor, scale: float, backend: str) -> Tensor:
     dqkv = _empty(qkv)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    cpu.backward(grad, q, k, v, maps, scale, (dq, dk, dv))
+    _backward_into(grad, q, k, v, maps, scale, backend, (dq, dk, dv))
     return dqkv
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale
+from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from .cpu import halo_attention_backward_cpu, halo_attention_cpu
 from .reference import halo_attention_reference
@@ -15,7 +15,6 @@ __all__ = ["halo_attention"]
 _NAME = "halo_attention"
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? rel_height, Tensor? rel_width"
 _SETTINGS = "int block_size, int halo_size, int stride, bool mask_border, float scale, str backend"
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
 
 
 def halo_attention(
@@ -69,7 +68,7 @@ def halo_attention(
     """
     stride = _check(q, k, v, block_size, halo_size, {"rel_height": rel_height, "rel_width": rel_width}, border)
     settings = (block_size, halo_size, stride, border == "mask", resolve_scale(scale, q.shape[-1]))
-    backend = resolve_backend(_NAME, backend, q, _UNAVAILABLE)
+    backend = resolve_backend(_NAME, backend, q, without_triton(q))
     if backend == "reference":
         return halo_attention_reference(q, k, v, rel_height, rel_width, *settings)
     out: Tensor = _forward(q, k, v, rel_height, rel_width, *settings, backend)[0]
@@ -119,6 +118,10 @@ def _stride(q: Tensor, k: Tensor, block_size: int) -> int:
 
 
 def _forward_impl(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if runs_triton(_NAME, arguments[-1], q):
+        from .kernels import halo_attention_triton
+
+        return halo_attention_triton(q, k, v, *arguments[:-1])
     return halo_attention_cpu(q, k, v, *arguments[:-1])
 
 
@@ -128,6 +131,10 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Ten
 
 
 def _backward_impl(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    if runs_triton(_NAME, arguments[-1], q):
+        from .kernels import halo_attention_backward_triton
+
+        return halo_attention_backward_triton(grad, q, k, v, *arguments[:-1])
     return halo_attention_backward_cpu(grad, q, k, v, *arguments[:-1])
 
 

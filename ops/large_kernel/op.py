@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend
+from zoo.ops._dispatch import register_op, require, resolve_backend, runs_triton, without_triton
 
 from .cpu import large_kernel_attention_backward_cpu, large_kernel_attention_cpu, output_format
 from .reference import large_kernel_attention_reference
@@ -17,7 +17,6 @@ _PARAMETERS = (
     "Tensor conv0_weight, Tensor? conv0_bias, Tensor conv_spatial_weight, Tensor? conv_spatial_bias, "
     "Tensor conv1_weight, Tensor? conv1_bias"
 )
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
 
 
 def large_kernel_attention(
@@ -57,7 +56,7 @@ def large_kernel_attention(
     """
     biases = {"conv0_bias": conv0_bias, "conv_spatial_bias": conv_spatial_bias, "conv1_bias": conv1_bias}
     _check(x, conv0_weight, conv_spatial_weight, conv1_weight, biases, dilation)
-    backend = resolve_backend(_NAME, backend, x, _UNAVAILABLE)
+    backend = resolve_backend(_NAME, backend, x, without_triton(x))
     arguments = (x, conv0_weight, conv0_bias, conv_spatial_weight, conv_spatial_bias, conv1_weight, conv1_bias)
     if backend == "reference":
         return large_kernel_attention_reference(*arguments, dilation)
@@ -90,16 +89,30 @@ def _check(x: Tensor, conv0: Tensor, spatial: Tensor, conv1: Tensor, biases: dic
 
 
 def _forward_impl(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if runs_triton(_NAME, arguments[-1], x):
+        from .kernels import large_kernel_attention_triton
+
+        out, spatial = _forward_fake(x, *arguments)
+        large_kernel_attention_triton(x, *arguments[:-1], out, spatial)
+        return out, spatial
     return large_kernel_attention_cpu(x, *arguments[:-1])
 
 
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    spatial = torch.empty(x.shape, dtype=wide, device=x.device, memory_format=torch.channels_last)
+    if runs_triton(_NAME, arguments[-1], x):
+        dtype = x.dtype  # the kernels sum in float32 and keep what they save as narrow as the input
+    else:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    spatial = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=output_format(x)), spatial
 
 
 def _backward_impl(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    if runs_triton(_NAME, arguments[-1], x):
+        from .kernels import large_kernel_attention_backward_triton
+
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
+        return dx, *large_kernel_attention_backward_triton(grad, x, *arguments[:-1], dx)
     return large_kernel_attention_backward_cpu(grad, x, *arguments[:-1])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops._dispatch import LIBRARY, register_op, resolve_backend, resolve_scale
+from zoo.ops._dispatch import LIBRARY, register_op, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from .cpu import neighborhood_attention_backward_cpu, neighborhood_attention_cpu
 from .reference import neighborhood_attention_reference
@@ -17,7 +17,6 @@ __all__ = ["neighborhood_attention", "neighborhood_attention_qkvpacked"]
 
 _NAME = "neighborhood_attention"
 _PACKED = "neighborhood_attention_qkvpacked"
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AXES = {1: ("length",), 2: ("height", "width")}
 
@@ -69,7 +68,7 @@ def neighborhood_attention(
     sizes = _check_sizes(_NAME, q.shape[1:-2], axes, kernel_size, dilation, stride, is_causal)
     _check_bias(_NAME, q, bias, sizes[0])
     scale = resolve_scale(scale, q.shape[-1])
-    backend = resolve_backend(_NAME, backend, q, _UNAVAILABLE)
+    backend = resolve_backend(_NAME, backend, q, without_triton(q))
     if backend == "reference":
         return _reference(q, k, v, bias, sizes, scale)
     return _forward(q, k, v, bias, *sizes, scale, backend)[0]
@@ -108,7 +107,7 @@ def neighborhood_attention_qkvpacked(
     sizes = _check_sizes(_PACKED, q.shape[1:-2], axes, kernel_size, dilation, stride, is_causal)
     _check_bias(_PACKED, q, bias, sizes[0])
     scale = resolve_scale(scale, qkv.shape[-1])
-    backend = resolve_backend(_PACKED, backend, qkv, _UNAVAILABLE)
+    backend = resolve_backend(_PACKED, backend, qkv, without_triton(qkv))
     if backend == "reference":
         return _reference(q, k, v, bias, sizes, scale)
     return _packed_forward(qkv, bias, *sizes, scale, backend)[0]
@@ -210,13 +209,41 @@ def _check_registered(
     if not backend:
         kernels = _check_sizes(op, q.shape[1:-2], _check_tensors(op, q, k, v), *sizes)[0]
         _check_bias(op, q, bias, kernels)
-    elif backend != "cpu":
-        raise ValueError(f"{op}: the registered op runs backend '' or 'cpu', got {backend!r}")
+    elif backend not in ("cpu", "triton"):
+        raise ValueError(f"{op}: the registered op runs backend '', 'cpu' or 'triton', got {backend!r}")
 
 
 def _forward_impl(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     _check_registered(_NAME, q, k, v, bias, arguments)
+    return _run_forward(q, k, v, bias, arguments)
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(_NAME, arguments[-1], q):
+        from .kernels import neighborhood_attention_triton
+
+        return neighborhood_attention_triton(q, k, v, bias, *arguments[:-1])
     return neighborhood_attention_cpu(q, k, v, bias, *arguments[:-1])
+
+
+def _run_backward(
+    grad: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
+    arguments: tuple[Any, ...],
+) -> Tensor:
+    """Write dq, dk and dv into the tensors given; the gradient of the bias, empty where there is none."""
+    q, k, v, bias, out, lse = tensors
+    # the loss's own autocast region may still be active
+    with torch.autocast(q.device.type, enabled=False):
+        if runs_triton(_NAME, arguments[-1], q):
+            from .kernels import neighborhood_attention_backward_triton
+
+            dbias = neighborhood_attention_backward_triton(grad, *tensors, *arguments[:-1], into=into)[3]
+            return q.new_empty((0,)) if dbias is None else dbias
+        return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, *arguments[:-1])
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -229,10 +256,7 @@ def _backward_impl(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    # the loss's own autocast region may still be active
-    with torch.autocast(q.device.type, enabled=False):
-        dbias = neighborhood_attention_backward_cpu(grad, q, k, v, bias, dq, dk, dv, *arguments[:-1])
-    return dq, dk, dv, dbias
+    return dq, dk, dv, _run_backward(grad, (q, k, v, bias, out, lse), (dq, dk, dv), arguments)
 
 
 def _backward_fake(
@@ -245,7 +269,7 @@ def _backward_fake(
 def _packed_forward_impl(qkv: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(-3)
     _check_registered(_PACKED, q, k, v, bias, arguments)
-    return neighborhood_attention_cpu(q, k, v, bias, *arguments[:-1])
+    return _run_forward(q, k, v, bias, arguments)
 
 
 def _packed_forward_fake(qkv: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -258,10 +282,8 @@ def _packed_backward_impl(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(-3)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    with torch.autocast(qkv.device.type, enabled=False):
-        dq, dk, dv = dqkv.unbind(-3)
-        dbias = neighborhood_attention_backward_cpu(grad, q, k, v, bias, dq, dk, dv, *arguments[:-1])
-    return dqkv, dbias
+    dq, dk, dv = dqkv.unbind(-3)
+    return dqkv, _run_backward(grad, (q, k, v, bias, out, lse), (dq, dk, dv), arguments)
 
 
 def _packed_backward_fake(

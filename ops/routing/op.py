@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale
+from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from . import cpu, reference
 from .layout import Pair, autocast_dtype, grid_size, no_autocast
 
 __all__ = ["routing_attention", "routing_index"]
 
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,7 +36,7 @@ def routing_attention(
     Args:
         q: queries [B, H, W, heads, dim].
         k: keys [B, H, W, heads, dim], or [B, Hk, Wk, heads, dim] with `index` given: each of the regions then holds
-            Hk / rows x Wk / cols keys (keys pooled within their regions, as in the paper's ablations).
+            Hk / rows x Wk / cols keys (the original's pooling of keys inside a region, `kv_downsample_mode`).
         v: values, of k's size; their dim may differ from that of q and k.
         regions: number of regions per axis, one for both axes or (rows, cols).
         topk: number of regions that every region attends to, 1 .. number of regions.
@@ -70,7 +69,7 @@ def routing_attention(
         f"{op}: v must agree with k in all but the last axis, got {tuple(v.shape)} and {tuple(k.shape)}",
     )
     require(_agrees(v, q), f"{op}: v is {v.dtype} on {v.device}, {_place(q)}")
-    backend = resolve_backend(op, backend, q, _UNAVAILABLE)
+    backend = resolve_backend(op, backend, q, without_triton(q))
     factor = resolve_scale(scale, q.shape[3] * q.shape[4])
 
     if index is None:
@@ -119,7 +118,7 @@ def routing_index(
         RuntimeError: the named backend cannot run here.
     """
     region = _check("routing_index", q, k, regions, topk, padding, same_size=True)
-    return _index(q, k, region, topk, resolve_backend("routing_index", backend, q, _UNAVAILABLE))
+    return _index(q, k, region, topk, resolve_backend("routing_index", backend, q, without_triton(q)))
 
 
 def _index(q: Tensor, k: Tensor, region: Pair, topk: int, backend: str) -> Tensor:
@@ -193,6 +192,10 @@ def _index_fake(q: Tensor, k: Tensor, region_height: int, region_width: int, top
 def _attention_impl(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, region_height: int, region_width: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if runs_triton("routing_attention", backend, q):
+        from .kernels import routing_forward_triton
+
+        return routing_forward_triton(q, k, v, index, (region_height, region_width), scale)
     return cpu.forward(q, k, v, index, (region_height, region_width), scale)
 
 
@@ -216,6 +219,10 @@ def _backward_impl(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if runs_triton("routing_attention", backend, q):
+        from .kernels import routing_backward_triton
+
+        return routing_backward_triton(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
     with no_autocast(q):  # the region of the loss may still be active
         return cpu.backward(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
 

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale
+from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from . import cpu, reference
 
 __all__ = ["super_token_attention", "super_token_mapping", "super_token_sampling"]
 
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,7 +52,7 @@ def super_token_sampling(
     _check_map(op, "x", x)
     require(n_iter >= 1, f"{op}: n_iter must be at least 1, got {n_iter}")
     scale = resolve_scale(scale, x.shape[-1])
-    path = resolve_backend(op, backend, x, _UNAVAILABLE)
+    path = resolve_backend(op, backend, x, without_triton(x))
     if path == "reference":
         tokens, affinity = reference.super_token_sampling(_computed(x), th, tw, n_iter, scale)
         return tokens.to(x.dtype), affinity.to(x.dtype)
@@ -93,7 +92,7 @@ def super_token_mapping(
         f"{op}: an affinity of shape {tuple(affinity.shape)} with token_size {(th, tw)} needs tokens of shape "
         f"{(*expected, 'C')}, got {tuple(tokens.shape)}",
     )
-    path = resolve_backend(op, backend, tokens, _UNAVAILABLE)
+    path = resolve_backend(op, backend, tokens, without_triton(tokens))
     if path == "reference":
         dtype = _computed(tokens).dtype
         return reference.super_token_mapping(tokens.to(dtype), affinity.to(dtype), th, tw).to(tokens.dtype)
@@ -148,7 +147,7 @@ def super_token_attention(
             f"{op}: qkv_weight must be [3 C, C] = {(3 * C, C)}, got {tuple(qkv_weight.shape)}",
         )
         require(proj_weight is not None, f"{op}: proj_weight is None beside a qkv_weight")
-    path = resolve_backend(op, backend, x, _UNAVAILABLE)
+    path = resolve_backend(op, backend, x, without_triton(x))
     direct = size == (1, 1)
     tokens, affinity = (x, x) if direct else super_token_sampling(x, size, n_iter=n_iter, scale=scale, backend=backend)
     if qkv_weight is not None and proj_weight is not None:
@@ -182,6 +181,10 @@ def _computed(x: Tensor) -> Tensor:
 def _sampling_impl(
     x: Tensor, token_height: int, token_width: int, n_iter: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if runs_triton("super_token_sampling", backend, x):
+        from .kernels import sampling_triton
+
+        return sampling_triton(x, token_height, token_width, n_iter, scale)
     return cpu.sampling(x, token_height, token_width, n_iter, scale)
 
 
@@ -197,6 +200,10 @@ def _sampling_fake(
 def _sampling_backward_impl(
     grad: Tensor, affinity: Tensor, mass: Tensor, token_height: int, token_width: int, backend: str
 ) -> Tensor:
+    if runs_triton("super_token_sampling", backend, grad):
+        from .kernels import sampling_backward_triton
+
+        return sampling_backward_triton(grad, affinity, mass, token_height, token_width)
     return cpu.sampling_backward(grad, affinity, mass, token_height, token_width)
 
 
@@ -219,6 +226,10 @@ def _sampling_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _mapping_impl(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, backend: str) -> Tensor:
+    if runs_triton("super_token_mapping", backend, tokens):
+        from .kernels import mapping_triton
+
+        return mapping_triton(tokens, affinity, token_height, token_width)
     return cpu.mapping(tokens, affinity, token_height, token_width)
 
 
@@ -235,6 +246,10 @@ def _mapping_backward_impl(
     need_affinity: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if runs_triton("super_token_mapping", backend, grad):
+        from .kernels import mapping_backward_triton
+
+        return mapping_backward_triton(grad, tokens, affinity, token_height, token_width, need_affinity)
     return cpu.mapping_backward(grad, tokens, affinity, token_height, token_width, need_affinity)
 
 

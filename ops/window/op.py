@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale
+from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from . import cpu, reference
 
 __all__ = ["window_attention", "window_attention_qkvpacked"]
 
-_UNAVAILABLE = {"triton": "its kernels are not part of this version"}
+_NAME = "window_attention"
 
 
 def window_attention(
@@ -58,7 +58,7 @@ def window_attention(
         require(x.dtype == q.dtype, f"{name}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
         require(x.device == q.device, f"{name}: {label} must be on q's device {q.device}, got {x.device}")
     window, offset, factor = _checked(name, q, q.shape[3], window_size, shift, grid, bias, scale)
-    path = resolve_backend(name, backend, q, _UNAVAILABLE)
+    path = resolve_backend(name, backend, q, without_triton(q))
     if path == "reference":
         return reference.window_attention(q, k, v, bias, window, offset, grid, factor)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -85,7 +85,7 @@ def window_attention_qkvpacked(
         f"{name}: qkv must be [B, H, W, 3, heads, dim], got shape {tuple(qkv.shape)}",
     )
     window, offset, factor = _checked(name, qkv, qkv.shape[4], window_size, shift, grid, bias, scale)
-    path = resolve_backend(name, backend, qkv, _UNAVAILABLE)
+    path = resolve_backend(name, backend, qkv, without_triton(qkv))
     if path == "reference":
         q, k, v = qkv.unbind(3)
         return reference.window_attention(q, k, v, bias, window, offset, grid, factor)
@@ -149,6 +149,10 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if runs_triton(_NAME, backend, q):
+        from .kernels import window_attention_triton
+
+        return window_attention_triton(q, k, v, bias, (wh, ww), (sh, sw), grid, scale)
     return cpu.forward(q, k, v, bias, (wh, ww), (sh, sw), grid, scale)
 
 
@@ -169,7 +173,13 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = (_empty(q), _empty(q), _empty(q))
-    dbias = cpu.backward(grad, q, k, v, bias, out, lse, (wh, ww), (sh, sw), grid, scale, grads)
+    options = ((wh, ww), (sh, sw), grid, scale, grads)
+    if runs_triton(_NAME, backend, q):
+        from .kernels import window_attention_backward_triton
+
+        dbias = window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
+    else:
+        dbias = cpu.backward(grad, q, k, v, bias, out, lse, *options)
     return *grads, q.new_empty(0) if dbias is None else dbias
 
 
@@ -177,7 +187,7 @@ def _forward_packed(
     qkv: Tensor, bias: Tensor | None, wh: int, ww: int, sh: int, sw: int, grid: bool, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(3)
-    return cpu.forward(q, k, v, bias, (wh, ww), (sh, sw), grid, scale)
+    return _forward(q, k, v, bias, wh, ww, sh, sw, grid, scale, backend)
 
 
 def _backward_packed(
@@ -197,7 +207,13 @@ def _backward_packed(
     dqkv = _empty(qkv)
     dq, dk, dv = dqkv.unbind(3)
     q, k, v = qkv.unbind(3)
-    dbias = cpu.backward(grad, q, k, v, bias, out, lse, (wh, ww), (sh, sw), grid, scale, (dq, dk, dv))
+    options = ((wh, ww), (sh, sw), grid, scale, (dq, dk, dv))
+    if runs_triton(_NAME, backend, qkv):
+        from .kernels import window_attention_backward_triton
+
+        dbias = window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
+    else:
+        dbias = cpu.backward(grad, q, k, v, bias, out, lse, *options)
     return dqkv, qkv.new_empty(0) if dbias is None else dbias
 
 

@@ -339,4 +339,4 @@ def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
 
 def test_a_named_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(RuntimeError, match="halo_attention: backend 'triton' cannot run this call"):
-        call(inputs(GOOD, torch.float32), GOOD, backend="triton")
+        call(inputs(GOOD, torch.float64), GOOD, backend="triton")

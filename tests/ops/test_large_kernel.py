@@ -217,4 +217,4 @@ def test_other_errors() -> None:
     with pytest.raises(ValueError, match="unknown backend 'gpu'"):
         large_kernel_attention(*tensors, backend="gpu")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call"):
-        large_kernel_attention(*tensors, backend="triton")
+        large_kernel_attention(*(t.double() for t in tensors), backend="triton")

@@ -620,10 +620,10 @@ def test_errors_of_other_entries() -> None:
     with pytest.raises(ValueError, match="qkvpacked: kernel_size 9 x dilation 1 = 9 exceeds the height 8"):
         neighborhood_attention_qkvpacked(torch.stack([q, k, v], -3), 9)
     with pytest.raises(RuntimeError, match="'triton' cannot run this call"):
-        neighborhood_attention(q, k, v, 3, backend="triton")
+        neighborhood_attention(q.double(), k.double(), v.double(), 3, backend="triton")
     with pytest.raises(ValueError, match="kernel_size 9 x dilation 1 = 9 exceeds the height 8"):
         torch.ops.zoo.neighborhood_attention(q, k, v, None, [9, 3], [1, 1], [1, 1], [False, False], 0.5, "")
     with pytest.raises(ValueError, match="backend"):
-        torch.ops.zoo.neighborhood_attention(q, k, v, None, [3, 3], [1, 1], [1, 1], [False, False], 0.5, "triton")
+        torch.ops.zoo.neighborhood_attention(q, k, v, None, [3, 3], [1, 1], [1, 1], [False, False], 0.5, "fast")
     with pytest.raises(ValueError, match="'length'|the length 8"):
         neighborhood_attention(*(x[:, 0] for x in (q, k, v)), 9)

@@ -286,4 +286,4 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
         super_token_sampling(x, 4, backend="cuda")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
-        super_token_sampling(x, 4, backend="triton")
+        super_token_sampling(x.double(), 4, backend="triton")

@@ -311,8 +311,8 @@ def _random_case(op: str, r: random.Random) -> tuple[str, Case]:
     if op == "window":
         sides = (side(1, 8), side(1, 8))
         size2 = (side(1, 15), side(1, 15))
-        shift = (r.randrange(sides[0]), r.randrange(sides[1])) if r.random() < 0.5 else 0
         grid = r.random() < 0.4
+        shift = (r.randrange(sides[0]), r.randrange(sides[1])) if not grid and r.random() < 0.6 else 0
         return f"{size2} {sides} {shift} {grid}", window(
             size2, sides, batch=batch, heads=heads, dim=dim, shift=shift, grid=grid, bias=r.random() < 0.6
         )

@@ -166,6 +166,14 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
         assert_close(forward_and_grads(leaves, grad, backend="cpu", **options), whole, 1e-12)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_head(batch: int) -> None:
+    leaves, grad, options = inputs("grid-padded", batch=batch)
+    one = {n: (x[:1] if n == "bias" else x[:, :, :, :1]).detach().requires_grad_() for n, x in leaves.items()}
+    expected = forward_and_grads(one, grad[:, :, :, :1], backend="reference", **options)
+    assert_close(forward_and_grads(one, grad[:, :, :, :1], backend="cpu", **options), expected, 1e-12)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_segments_hold_every_position_once(case: str) -> None:
     size, window, shift, grid = CASES[case]

@@ -43,7 +43,7 @@ def run(dtype: torch.dtype) -> None:
     local_backward(out, q, k, v, None, out, lse, axis, axis, 0.2)
 
     q, k, v = maps(2, 16, 32)
-    axis = halo_axis(32, 8, 3, 1, False)
+    axis = halo_axis(32, 8, 3, 1)
     logits = torch.randn(2, 32, 32, 2, 14)
     relative = Relative(logits, logits, (8, 8), (3, 3), (1, 1))
     out, lse = local_forward(q, k, v, None, axis, axis, 0.2, relative)

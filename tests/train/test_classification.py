@@ -95,12 +95,26 @@ def test_a_second_run_is_the_same(whole: Path, tmp_path: Path) -> None:
     "switches",
     [
         ("amp=fp16", "optim.clip_grad=1.0"),
-        ("amp=bf16", "grad_accum=2", "optim.clip_grad=0.1", "optim.clip_mode=value"),
-        ("model=test_resnet", "channels_last=true", "optim=sgd", "optim.lr=0.01", "optim.clip_grad=0.1", "optim.clip_mode=agc", "ema.enabled=true"),
-        ("augment.repeats=3", "loss.smoothing=0.1", "model.in_chans=1", "optim.layer_decay=0.7", "schedule=constant"),
-        ("loss.name=bce", "augment.mixup=0.5", "augment.mix_mode=elem", "augment.mix_off_epoch=1", "model.grad_checkpointing=true"),
+        (
+            "model=test_resnet", "channels_last=true", "optim=sgd", "optim.lr=0.01", "ema.enabled=true",
+            "optim.clip_grad=0.1", "optim.clip_mode=agc",
+        ),
+        pytest.param(
+            ("amp=bf16", "grad_accum=2", "optim.clip_grad=0.1", "optim.clip_mode=value"), marks=SLOW
+        ),
+        pytest.param(
+            ("augment.repeats=3", "loss.smoothing=0.1", "model.in_chans=1", "optim.layer_decay=0.7"),
+            marks=SLOW,
+        ),
+        pytest.param(
+            (
+                "loss.name=bce", "augment.mixup=0.5", "augment.mix_mode=elem", "augment.mix_off_epoch=1",
+                "model.grad_checkpointing=true",
+            ),
+            marks=SLOW,
+        ),
     ],
-    ids=["fp16", "bf16-accumulate", "resnet-agc", "repeats-decay", "bce-checkpointing"],
+    ids=["fp16", "resnet-agc", "bf16-accumulate", "repeats-decay", "bce-checkpointing"],
 )  # fmt: skip
 def test_switches_train_and_resume(tmp_path: Path, switches: tuple[str, ...]) -> None:
     if "model=test_resnet" in switches:
@@ -223,7 +237,8 @@ def test_agreeing_override_and_more_epochs(whole: Path, tmp_path: Path) -> None:
 
 
 def test_folder_in_use(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = f"import sys; from zoo.runs import lock_run; keep = lock_run({str(whole)!r}); print('held', flush=True); sys.stdin.read()"
+    code = f"import sys; from zoo.runs import lock_run; keep = lock_run({str(whole)!r}); "
+    code += "print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdin is not None

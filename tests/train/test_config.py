@@ -279,7 +279,8 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_is_left_beside_the_run(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from zoo.train.app import main; sys.exit(main('train', sys.argv[1:]))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from zoo.train.app import main; "
+    code += "sys.exit(main('train', sys.argv[1:]))"
     argv = [sys.executable, "-c", code, "max_steps=1", *training.TINY]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)

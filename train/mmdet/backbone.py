@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import UserError
 from zoo.registry import require_model
+from zoo.runs import load_run, select_weights
 
 from .checkpoints import adapt_backbone_keys
 from .registry import MODELS
@@ -45,7 +46,12 @@ def _wrap_features(model: nn.Module, **cfg: Any) -> nn.Module:
 
 def _create(name: str, out_indices: Sequence[int], pretrained: Any = False, **model_args: Any) -> nn.Module:
     require_model(name)
-    model_args = {"features_only": True, "out_indices": tuple(out_indices), **_weights_source(pretrained), **model_args}
+    model_args = {
+        "features_only": True,
+        "out_indices": tuple(out_indices),
+        **_weights_source(pretrained, name),
+        **model_args,
+    }
     try:
         try:
             return timm.create_model(name, feature_cls=_wrap_features, **model_args)
@@ -55,7 +61,22 @@ def _create(name: str, out_indices: Sequence[int], pretrained: Any = False, **mo
         raise ValueError(f"zoo.Backbone: {name} has no outputs {tuple(out_indices)}: {error}") from error
 
 
-def _weights_source(pretrained: Any) -> dict[str, Any]:
+def _run_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """The weights of a `zoo train` run, from its best checkpoint where there is one.
+
+    Raises:
+        UserError: the folder holds no run, no intact checkpoint, or another model.
+    """
+    run = load_run(folder)
+    trained = run.config["model"]["name"]
+    if trained.split(".")[0] != name.split(".")[0]:
+        raise UserError(f"run {folder} trained {trained}, and the backbone is {name}; give model={trained}")
+    best = (folder / "checkpoints/best.pt").is_file()
+    weights, _ = select_weights(run.checkpoint("best" if best else "last")[1])
+    return weights
+
+
+def _weights_source(pretrained: Any, name: str) -> dict[str, Any]:
     """The arguments of timm.create_model for `pretrained`: a bool, a file, an address or a run folder."""
     if not pretrained or pretrained is True:
         return {"pretrained": bool(pretrained)}
@@ -64,9 +85,7 @@ def _weights_source(pretrained: Any) -> dict[str, Any]:
         return {"pretrained": True, "pretrained_cfg_overlay": {"url": source, "hf_hub_id": None}}
     path = Path(source).expanduser()
     if path.is_dir():
-        from zoo.runs import load_run
-
-        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": load_run(path).state_dict()}}
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _run_weights(path, name)}}
     if not path.is_file():
         raise UserError(f"pretrained={source}: there is no such file or run folder")
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}

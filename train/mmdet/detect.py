@@ -34,7 +34,7 @@ from zoo.train.state import World, join_world
 from .checkpoints import read_detector_checkpoint
 from .coco_data import CocoFiles, open_coco
 from .loops import unreadable_images
-from .recipe import compose_mmdet
+from .recipe import PlainConfig, compose_mmdet
 from .run_hook import RunFolderHook, plain_model, versions
 from .settings import DetectConfig, validate_detect
 
@@ -46,7 +46,16 @@ _FREE = ("detector.overrides", "notes")
 _OWN_GROUPS = ("data", "detector", "schedule")
 _GROUPS = ("data", "detector", "experiment", "logger", "model", "schedule")
 # What may change when a run is continued: nothing that the updates already made depend on.
-_RESUME_KEYS = ("max_steps", "eval_every", "log_every", "val_batch_size", "pictures", "debug", "data.root", "data.num_workers")
+_RESUME_KEYS = (
+    "max_steps",
+    "eval_every",
+    "log_every",
+    "val_batch_size",
+    "pictures",
+    "debug",
+    "data.root",
+    "data.num_workers",
+)
 _RESUME_SECTIONS = ("checkpoint.", "logger.")
 # What an evaluation of a run may change.
 _EVAL_KEYS = ("eval", "run", "checkpoint_name", "out", "val_batch_size", "pictures", "threads", "debug", "log_every")
@@ -67,7 +76,9 @@ def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> 
             paths += [p.strip(" '\"") for p in override.split("=", 1)[1].strip("[] ").split(",")]
     for folder in search_path:
         if not Path(folder).is_dir():
-            raise UserError(f"no configuration folder at {folder}; give the folder that holds detector/, experiment/ ...")
+            raise UserError(
+                f"no configuration folder at {folder}; give the folder that holds detector/, experiment/ ..."
+            )
         paths.append(f"file://{Path(folder).resolve()}")
     quoted = ",".join(f"'{path}'" for path in paths)
     return compose_config("detect", [*prepared, f"hydra.searchpath=[{quoted}]"])
@@ -83,7 +94,9 @@ def _settings(config: DictConfig) -> DetectConfig:
     return cfg
 
 
-def _merged(base: DictConfig, overrides: Sequence[str], keys: Sequence[str], sections: Sequence[str], what: str) -> DictConfig:
+def _merged(
+    base: DictConfig, overrides: Sequence[str], keys: Sequence[str], sections: Sequence[str], what: str
+) -> DictConfig:
     """A run's configuration with those overrides that may change.
 
     Raises:
@@ -105,7 +118,9 @@ def _merged(base: DictConfig, overrides: Sequence[str], keys: Sequence[str], sec
             current = OmegaConf.to_container(current)
         if current != value:
             may = ", ".join([*keys, *(f"{s}*" for s in sections)])
-            raise UserError(f"{key}={value} conflicts with the run's {key}={current}; {what} keeps it (what may change: {may})")
+            raise UserError(
+                f"{key}={value} conflicts with the run's {key}={current}; {what} keeps it (what may change: {may})"
+            )
     return base
 
 
@@ -129,7 +144,7 @@ def _quiet(debug: bool) -> Iterator[None]:
 
 def build_runner(config: Config, hook: RunFolderHook, world: World, *, train: bool) -> Runner:
     """mmengine's Runner for a composed config, with the run folder's hook."""
-    config = Config(config.to_dict())
+    config = PlainConfig(config.to_dict())
     if not train:
         for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
             config[key] = None
@@ -141,8 +156,9 @@ def build_runner(config: Config, hook: RunFolderHook, world: World, *, train: bo
     config.launcher = "pytorch" if world.distributed else "none"
     try:
         runner = Runner.from_cfg(config)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"the detector cannot be built: {' '.join(str(error).split())}; see detector.overrides") from error
+    except (TypeError, KeyError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the detector cannot be built: {problem}; see model.* and detector.overrides") from error
     runner.register_hook(hook, priority="VERY_LOW")
     return runner
 
@@ -172,10 +188,13 @@ def _limit(config: Config) -> None:
 
 def _build_only(cfg: DetectConfig, config: Config) -> str:
     """Build detector and optimizer without memory for weights; what was built, in one line."""
-    with DefaultScope.overwrite_default_scope("mmdet"):
+    config.model.backbone.pretrained = False
+    plain = {k: v for k, v in config.optim_wrapper.items() if k not in ("dtype", "loss_scale")}
+    plain["type"] = "OptimWrapper"  # mmengine makes the one for mixed precision on GPUs alone
+    with _quiet(cfg.debug), DefaultScope.overwrite_default_scope("mmdet"):
         with torch.device("meta"):
             model = MODELS.build(config.model)
-        wrapper = build_optim_wrapper(model, config.optim_wrapper)
+        wrapper = build_optim_wrapper(model, plain)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     groups = len(wrapper.optimizer.param_groups)
     return f"{cfg.detector.name} with {cfg.model.name}: {parameters:.1f} M parameters in {groups} groups"
@@ -187,6 +206,8 @@ def _train(cfg: DetectConfig, run: Run | None) -> None:
         config = compose_mmdet(cfg, data, Path(cfg.run_root))
         print(f"dry run passed: {_build_only(cfg, config)}; no step was made, for data.root is not set", flush=True)
         return
+    if cfg.amp != "none" and not torch.cuda.is_available():
+        raise UserError(f"amp={cfg.amp} needs a GPU, for mmengine has no mixed precision on the CPU; use amp=none")
     world = join_world("auto")
     folder: Path | None = None
     lock = None

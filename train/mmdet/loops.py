@@ -2,6 +2,8 @@
 the seed, the epoch and the position; the loop can begin anywhere in an epoch.
 """
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -39,7 +41,8 @@ class SeededDataset:
     """
 
     def __init__(self, dataset: BaseDataset | dict[str, Any], seed: int = 0, report: str | None = None) -> None:
-        self.dataset: Any = ROOT_DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+            self.dataset: Any = ROOT_DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
         self.seed = seed
         self.report = report
 

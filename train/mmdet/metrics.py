@@ -123,7 +123,8 @@ class CocoMetric(MmdetCocoMetric):
     """
 
     def __init__(self, *args: Any, engine: str = "faster_coco_eval", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+            super().__init__(*args, **kwargs)
         self.engine = engine
         other = set(self.metrics) - {"bbox", "segm"}
         if other:

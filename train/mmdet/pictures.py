@@ -53,7 +53,9 @@ def plot_detection_curves(path: str | Path, history: Sequence[Mapping[str, Any]]
         for key, name in series:
             points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 40 else None, markersize=3, label=name)
+                axes.plot(
+                    *zip(*points, strict=True), marker="o" if len(points) < 40 else None, markersize=3, label=name
+                )
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

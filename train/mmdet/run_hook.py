@@ -351,4 +351,3 @@ def versions() -> dict[str, str]:
         "mmengine": mmengine.__version__,
         "mmcv": mmcv.__version__,
     }
-

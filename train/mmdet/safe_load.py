@@ -3,6 +3,8 @@
 mmengine 0.10.7 calls torch.load without `weights_only`, which since torch 2.6 refuses its own HistoryBuffer.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -10,9 +12,29 @@ from mmengine.logging import HistoryBuffer
 __all__ = ["allow_mmengine_checkpoints"]
 
 
+def _history_attribute(owner: Any, name: str) -> Any:
+    """What pickle's getattr may fetch: a HistoryBuffer's own methods, which its state refers to."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise ValueError(f"the checkpoint refers to {owner!r}.{name}, which is none of mmengine's statistics")
+    return getattr(owner, name)
+
+
 def allow_mmengine_checkpoints() -> None:
     """Let checkpoints of mmengine's own CheckpointHook be read with weights_only, which stays on."""
     reconstruct = np.empty(0).__reduce__()[0]  # its module was renamed in numpy 2
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_, np.uint32)}
-    torch.serialization.add_safe_globals([HistoryBuffer, reconstruct, scalar, np.ndarray, np.dtype, *dtypes])
+    torch.serialization.add_safe_globals(
+        [
+            *((_history_attribute, f"{prefix}getattr") for prefix in ("builtins.", "__builtin__.", "")),
+            *(
+                (function, f"numpy.{core}.multiarray.{function.__name__}")
+                for core in ("core", "_core")
+                for function in (reconstruct, scalar)
+            ),
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            *dtypes,
+        ]
+    )
