@@ -179,8 +179,9 @@ def build_model(
         **kwargs,
     )
     for owner in (model, getattr(model, "model", None)):
-        if isinstance(getattr(owner, "pretrained_cfg", None), dict):
-            owner.pretrained_cfg.pop("state_dict", None)
+        own_cfg = getattr(owner, "pretrained_cfg", None)
+        if isinstance(own_cfg, dict):
+            own_cfg.pop("state_dict", None)
     return model
 
 
@@ -200,9 +201,7 @@ def _read_source(cfg: dict[str, Any]) -> StateDict | None:
     return None
 
 
-def _head_size(
-    variant: str, cfg: dict[str, Any], state_dict: StateDict, asked: int | None, features_only: bool
-) -> int:
+def _head_size(variant: str, cfg: dict[str, Any], state_dict: StateDict, asked: int | None, features_only: bool) -> int:
     """The class count that timm shall take for the checkpoint's own."""
     classifier = cfg.get("classifier")
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())

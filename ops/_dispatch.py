@@ -14,6 +14,8 @@ __all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scal
 
 LIBRARY = torch.library.Library("zoo", "DEF")
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, so once here too
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 _AUTOCAST_SET = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
@@ -57,18 +59,13 @@ def resolve_backend(op: str, backend: str | None, x: Tensor, unavailable: dict[s
     return backend
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def without_triton(x: Tensor) -> dict[str, str]:
     """Why the Triton kernels cannot run on a tensor like x, as `resolve_backend` takes it; empty where they can."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return {"triton": "the package triton is not installed"}
     if x.dtype == torch.float64:
         return {"triton": "the kernels compute in float32; float64 runs on the other backends"}
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if x.device.type == "cpu" and not _INTERPRET:
         return {"triton": "the tensors are on the CPU, where it runs only in its interpreter (TRITON_INTERPRET=1)"}
     if x.device.type not in ("cpu", "cuda", "meta"):
         return {"triton": f"the tensors are on {x.device}"}

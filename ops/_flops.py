@@ -5,7 +5,7 @@ the forward's products.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def _large_kernel_backward(grad: Shape, *args: Any, **kwargs: Any) -> int:
     return 3 * _large_kernel(*args)
 
 
-for _name, _formula in {
+_FORMULAS: dict[str, Callable[..., int]] = {
     "window_attention": _window,
     "window_attention_backward": _window_backward,
     "window_attention_qkvpacked": _window_packed,
@@ -149,5 +149,6 @@ for _name, _formula in {
     "super_token_mapping_backward": _mapping_backward,
     "large_kernel_attention": _large_kernel,
     "large_kernel_attention_backward": _large_kernel_backward,
-}.items():
+}
+for _name, _formula in _FORMULAS.items():
     register_flop_formula(getattr(torch.ops.zoo, _name))(_formula)

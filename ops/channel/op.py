@@ -108,7 +108,8 @@ def _backward_into(
 
 
 def _forward_packed(qkv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(2), scale, backend)
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v, scale, backend)
 
 
 def _backward_packed(grad: Tensor, qkv: Tensor, maps: Tensor, scale: float, backend: str) -> Tensor:

@@ -261,6 +261,7 @@ def large_kernel_attention_triton(
     conv1_weight: Tensor,
     conv1_bias: Tensor | None,
     dilation: int,
+    *,
     out: Tensor,
     spatial: Tensor,
 ) -> None:
@@ -283,6 +284,7 @@ def large_kernel_attention_backward_triton(
     conv1_bias: Tensor | None,
     spatial: Tensor,
     dilation: int,
+    *,
     dx: Tensor,
 ) -> tuple[Tensor, ...]:
     """Write the gradient of x into dx; the gradients of the three weights and biases in the order of the arguments."""

@@ -93,7 +93,7 @@ def _forward_impl(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         from .kernels import large_kernel_attention_triton
 
         out, spatial = _forward_fake(x, *arguments)
-        large_kernel_attention_triton(x, *arguments[:-1], out, spatial)
+        large_kernel_attention_triton(x, *arguments[:-1], out=out, spatial=spatial)
         return out, spatial
     return large_kernel_attention_cpu(x, *arguments[:-1])
 
@@ -112,7 +112,7 @@ def _backward_impl(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ..
         from .kernels import large_kernel_attention_backward_triton
 
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
-        return dx, *large_kernel_attention_backward_triton(grad, x, *arguments[:-1], dx)
+        return dx, *large_kernel_attention_backward_triton(grad, x, *arguments[:-1], dx=dx)
     return large_kernel_attention_backward_cpu(grad, x, *arguments[:-1])
 
 

@@ -60,6 +60,7 @@ def neighborhood_attention_backward_triton(
     stride: Sequence[int],
     is_causal: Sequence[bool],
     scale: float,
+    *,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and of the bias; `into` names tensors that receive the first three."""

@@ -236,14 +236,12 @@ def _run_backward(
 ) -> Tensor:
     """Write dq, dk and dv into the tensors given; the gradient of the bias, empty where there is none."""
     q, k, v, bias, out, lse = tensors
-    # the loss's own autocast region may still be active
-    with torch.autocast(q.device.type, enabled=False):
-        if runs_triton(_NAME, arguments[-1], q):
-            from .kernels import neighborhood_attention_backward_triton
+    if runs_triton(_NAME, arguments[-1], q):
+        from .kernels import neighborhood_attention_backward_triton
 
-            dbias = neighborhood_attention_backward_triton(grad, *tensors, *arguments[:-1], into=into)[3]
-            return q.new_empty((0,)) if dbias is None else dbias
-        return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, *arguments[:-1])
+        dbias = neighborhood_attention_backward_triton(grad, *tensors, *arguments[:-1], into=into)[3]
+        return q.new_empty((0,)) if dbias is None else dbias
+    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, *arguments[:-1])
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:

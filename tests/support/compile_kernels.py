@@ -76,8 +76,8 @@ def run(dtype: torch.dtype) -> None:
     for shape in ((64, 1, 5, 5), (64, 1, 7, 7), (64, 64, 1, 1)):
         weights += [torch.randn(shape, dtype=dtype), torch.randn(64, dtype=dtype)]
     out, spatial = torch.empty_like(x), torch.empty_like(x)
-    lka.large_kernel_attention_triton(x, *weights, 3, out, spatial)
-    lka.large_kernel_attention_backward_triton(out, x, *weights, spatial, 3, torch.empty_like(x))
+    lka.large_kernel_attention_triton(x, *weights, 3, out=out, spatial=spatial)
+    lka.large_kernel_attention_backward_triton(out, x, *weights, spatial, 3, dx=torch.empty_like(x))
 
 
 def main() -> int:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-mmdet = pytest.importorskip("mmdet")
+pytest.importorskip("mmdet")
 
+import mmdet
 import timm
 import torch
 from golden import filled, keys
@@ -17,6 +18,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
+
 from zoo.errors import UserError
 from zoo.runs import save_checkpoint
 from zoo.train.mmdet import Backbone, read_detector_checkpoint
@@ -281,8 +283,13 @@ def stock_config(root: Path, work_dir: Path) -> Config:
     """mmdet's own file with the backbone swapped, on small data."""
     config = Config.fromfile(CONFIGS / "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py")
     config.custom_imports = {"imports": ["zoo.train.mmdet"]}
-    config.model.backbone = {"type": "zoo.Backbone", "name": "resnet50", "out_indices": (1, 2, 3, 4), "frozen_stages": 1,
-                             "norm_eval": True}  # fmt: skip
+    config.model.backbone = {
+        "type": "zoo.Backbone",
+        "name": "resnet50",
+        "out_indices": (1, 2, 3, 4),
+        "frozen_stages": 1,
+        "norm_eval": True,
+    }
     folder = build_digits_coco(root, DigitsCoco(canvas=64, train_images=4, val_images=2, size=(24, 40)))
     for split, loader in (
         ("train", config.train_dataloader),
@@ -291,9 +298,11 @@ def stock_config(root: Path, work_dir: Path) -> Config:
     ):
         loader.num_workers, loader.persistent_workers = 0, False
         loader.dataset.update(
-            data_root=str(folder), ann_file=f"annotations/{split}.json", data_prefix={"img": f"{split}/"},
+            data_root=str(folder),
+            ann_file=f"annotations/{split}.json",
+            data_prefix={"img": f"{split}/"},
             metainfo={"classes": CLASSES},
-        )  # fmt: skip
+        )
         for transform in loader.dataset.pipeline:
             if transform.type == "Resize":
                 transform.scale = (64, 64)

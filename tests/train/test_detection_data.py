@@ -11,6 +11,7 @@ pytest.importorskip("mmdet")
 
 from PIL import Image
 from pycocotools import mask as rle
+
 from zoo.train.data import Digits
 from zoo.train.mmdet import coco_average_precision
 from zoo.train.mmdet.digits_coco import CLASSES, DigitsCoco, build_digits_coco
@@ -56,21 +57,43 @@ def found(*objects: tuple[Any, ...]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "objects", "predictions", "expected"),
     [
-        ("perfect", [(1, 1, BOX), (1, 2, BOX), (2, 1, BOX)], [(1, 1, BOX, 0.9), (1, 2, BOX, 0.8), (2, 1, BOX, 0.7)],
-         {"mAP": 1, "mAP_50": 1, "mAP_75": 1}),
-        ("IoU 0.6 everywhere", [(1, 1, [0, 0, 10, 10])], [(1, 1, [0, 0, 10, 6], 0.9)],
-         {"mAP": 0.3, "mAP_50": 1, "mAP_75": 0}),
-        ("a false positive above a hit", [(1, 1, BOX)], [(1, 1, [60, 60, 5, 5], 0.95), (1, 1, BOX, 0.9)], {"mAP_50": 0.5}),
+        (
+            "perfect",
+            [(1, 1, BOX), (1, 2, BOX), (2, 1, BOX)],
+            [(1, 1, BOX, 0.9), (1, 2, BOX, 0.8), (2, 1, BOX, 0.7)],
+            {"mAP": 1, "mAP_50": 1, "mAP_75": 1},
+        ),
+        (
+            "IoU 0.6 everywhere",
+            [(1, 1, [0, 0, 10, 10])],
+            [(1, 1, [0, 0, 10, 6], 0.9)],
+            {"mAP": 0.3, "mAP_50": 1, "mAP_75": 0},
+        ),
+        (
+            "a false positive above a hit",
+            [(1, 1, BOX)],
+            [(1, 1, [60, 60, 5, 5], 0.95), (1, 1, BOX, 0.9)],
+            {"mAP_50": 0.5},
+        ),
         ("one of two found", [(1, 1, BOX), (2, 1, BOX)], [(1, 1, BOX, 0.9)], {"mAP_50": 51 / 101}),
         ("a lower-scored duplicate", [(1, 1, BOX)], [(1, 1, BOX, 0.9), (1, 1, BOX, 0.8)], {"mAP_50": 1, "mAP": 1}),
-        ("inside a crowd", [(1, 1, BOX), (1, 1, [60, 60, 30, 30], True)], [(1, 1, [62, 62, 20, 20], 0.95), (1, 1, BOX, 0.9)],
-         {"mAP": 1}),
+        (
+            "inside a crowd",
+            [(1, 1, BOX), (1, 1, [60, 60, 30, 30], True)],
+            [(1, 1, [62, 62, 20, 20], 0.95), (1, 1, BOX, 0.9)],
+            {"mAP": 1},
+        ),
         ("a category without objects", [(1, 1, BOX)], [(1, 1, BOX, 0.9), (1, 2, BOX, 0.99)], {"mAP": 1, "mAP_50": 1}),
-        ("another category's box", [(1, 1, BOX), (1, 2, [60, 60, 20, 20])], [(1, 2, BOX, 0.9), (1, 1, BOX, 0.9)], {"mAP": 0.5}),
+        (
+            "another category's box",
+            [(1, 1, BOX), (1, 2, [60, 60, 20, 20])],
+            [(1, 2, BOX, 0.9), (1, 1, BOX, 0.9)],
+            {"mAP": 0.5},
+        ),
         ("nothing found", [(1, 1, BOX)], [], {"mAP": 0, "mAP_50": 0}),
     ],
     ids=lambda v: v.replace(" ", "-") if isinstance(v, str) else "",
-)  # fmt: skip
+)
 def test_known_answers(engine: str, name: str, objects: Any, predictions: Any, expected: dict[str, float]) -> None:
     result = coco_average_precision(truth(*objects), found(*predictions), engine=engine)
     for key, value in expected.items():

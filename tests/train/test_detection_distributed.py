@@ -23,16 +23,32 @@ def test_two_processes_train_and_evaluate_each_image_once(tmp_path: Path) -> Non
     folder = build_digits_coco(tmp_path / "cache", spec)  # beforehand, so that the processes do not race to compose it
     run = tmp_path / "run"
     arguments = [
-        "detector.channels=16", "detector.fc_channels=16", "detector.proposals=16", "detector.roi_samples=16",
-        "data.canvas=64", "data.scale=[64,64]", "data.train_count=8", "data.val_count=5", f"data.root={tmp_path / 'cache'}",
-        "batch_size=2", "val_batch_size=2", "schedule.epochs=1", "schedule.warmup_steps=1", "threads=1", f"run_dir={run}",
-    ]  # fmt: skip
+        "detector.channels=16",
+        "detector.fc_channels=16",
+        "detector.proposals=16",
+        "detector.roi_samples=16",
+        "data.canvas=64",
+        "data.scale=[64,64]",
+        "data.train_count=8",
+        "data.val_count=5",
+        f"data.root={tmp_path / 'cache'}",
+        "batch_size=2",
+        "val_batch_size=2",
+        "schedule.epochs=1",
+        "schedule.warmup_steps=1",
+        "threads=1",
+        f"run_dir={run}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*launch, "-m", "zoo.train.mmdet.detect", *arguments],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["processes"], summary["steps"], summary["images"]) == (2, 2, 5)

@@ -11,6 +11,7 @@ import torch
 import torchvision.ops as tv
 from torch import Tensor
 from torch.autograd import gradcheck
+
 from zoo.train.mmdet.operators import StandInOperators, install_operators
 
 STAND_IN = install_operators()
@@ -100,7 +101,9 @@ def test_roi_align_in_low_precision(dtype: torch.dtype) -> None:
     expected = tv.roi_align(x.detach().float(), rois("cpu", dtype).float(), 4, 0.5, 0, True)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
     out.sum().backward()
-    assert x.grad is not None and x.grad.dtype == dtype and x.grad.abs().sum() > 0
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert x.grad.abs().sum() > 0
 
 
 def test_roi_align_max_is_refused() -> None:
@@ -124,7 +127,7 @@ def test_roi_pool_equals_torchvision_where_both_agree(device: str) -> None:
 
 def test_roi_pool_by_hand() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    # x: (0, (2 + 1) / 2) in two bins [0, .75), [.75, 1.5) -> columns {0}, {0, 1}; y: (0, (6 + 1) / 2) -> rows {0, 1}, {1, 2, 3}
+    # x: (2 + 1) / 2 in two bins [0, .75), [.75, 1.5) -> columns {0}, {0, 1}; y: (6 + 1) / 2 -> rows {0, 1}, {1, 2, 3}
     out = ops.roi_pool(x, torch.tensor([[0.0, 0, 0, 2, 6]]), 2, 0.5)
     torch.testing.assert_close(out.flatten(), torch.tensor([4.0, 5, 12, 13]))
     out = ops.roi_pool(x, torch.tensor([[0.0, 40, 40, 50, 50], [0, 3, 3, 1, 1]]), 2, 0.5)
@@ -269,7 +272,8 @@ def test_missing_operators_are_loud() -> None:
 def test_installation_is_idempotent_and_yields() -> None:
     module = sys.modules["mmcv._ext"]
     assert isinstance(module, StandInOperators)
-    assert install_operators() and sys.modules["mmcv._ext"] is module
+    assert install_operators()
+    assert sys.modules["mmcv._ext"] is module
     with pytest.raises(AttributeError):
         module.__wrapped__  # noqa: B018  dunder names must not look present to inspect and pickle
     script = (

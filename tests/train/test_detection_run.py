@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ pytest.importorskip("mmdet")
 
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
+
 from zoo.runs import load_checkpoint
 from zoo.train.mmdet import coco_average_precision
 from zoo.train.mmdet.detect import main
@@ -20,11 +26,24 @@ from zoo.train.mmdet.digits_coco import DigitsCoco, build_digits_coco
 from zoo.train.mmdet.loops import TrainLoop
 
 SMALL = [
-    "detector.channels=16", "detector.fc_channels=16", "detector.proposals=16", "detector.roi_samples=16",
-    "data.canvas=64", "data.scale=[64,64]", "data.train_count=7", "data.val_count=3", "data.augment=flip",
-    "batch_size=2", "val_batch_size=2", "schedule.epochs=2", "schedule.warmup_steps=2", "threads=1", "log_every=1",
-    "model.drop_path_rate=0.2", "pictures=2",
-]  # fmt: skip
+    "detector.channels=16",
+    "detector.fc_channels=16",
+    "detector.proposals=16",
+    "detector.roi_samples=16",
+    "data.canvas=64",
+    "data.scale=[64,64]",
+    "data.train_count=7",
+    "data.val_count=3",
+    "data.augment=flip",
+    "batch_size=2",
+    "val_batch_size=2",
+    "schedule.epochs=2",
+    "schedule.warmup_steps=2",
+    "threads=1",
+    "log_every=1",
+    "model.drop_path_rate=0.2",
+    "pictures=2",
+]
 TIMES = ("images_per_second", "seconds")
 
 
@@ -89,6 +108,15 @@ def test_saved_predictions_have_the_reported_precision(whole: Path) -> None:
         found = coco_average_precision(truth, whole / f"predictions.{kind}.json", kind, engine="pycocotools")
         for key in ("mAP", "mAP_50", "mAP_75"):
             assert found[key] == pytest.approx(summary[f"{kind}_{key}"], abs=1e-9)
+
+
+def test_written_config_serves_mmdets_own_tools(whole: Path, tmp_path: Path) -> None:
+    """What tools/test.py does, and what tools/train.py finds in the file."""
+    config = Config.fromfile(whole / "detector.py")
+    config.load_from, config.work_dir = str(whole / "checkpoints/last.pt"), str(tmp_path)
+    assert config.default_hooks.checkpoint.type == "CheckpointHook"
+    metrics = Runner.from_cfg(config).test()
+    assert metrics["coco/bbox_mAP"] == json.loads((whole / "summary.json").read_text())["bbox_mAP"]
 
 
 def test_evaluation_repeats_the_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,9 +205,17 @@ def coco_folder(root: Path) -> Path:
     return data
 
 
-COCO = [*[a for a in SMALL if not a.startswith(("data.canvas", "data.train_count", "data.val_count"))],
-        "data=coco", "model=nat_digits", "schedule=digits", "schedule.epochs=1", "schedule.warmup_steps=1",
-        "batch_size=2", "data.num_workers=0", "detector.anchor_scale=4"]  # fmt: skip
+COCO = [
+    *[a for a in SMALL if not a.startswith(("data.canvas", "data.train_count", "data.val_count"))],
+    "data=coco",
+    "model=nat_digits",
+    "schedule=digits",
+    "schedule.epochs=1",
+    "schedule.warmup_steps=1",
+    "batch_size=2",
+    "data.num_workers=0",
+    "detector.anchor_scale=4",
+]
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -193,7 +229,8 @@ def test_unreadable_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     data = coco_folder(tmp_path)
     (data / "train2017/000002.png").write_bytes(b"")
     (data / "val2017/000003.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    assert main([*COCO, f"data.root={data}", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert main([*COCO, f"data.root={data}", f"run_dir={tmp_path / 'run'}", "logger=tensorboard"]) == 0
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
     bad = json.loads((tmp_path / "run/summary.json").read_text())["unreadable_images"]
     assert bad == [str(data / "train2017/000002.png"), str(data / "val2017/000003.png")]
     assert "2 images could not be read" in capsys.readouterr().out.splitlines()[-1]
@@ -204,7 +241,10 @@ def test_unreadable_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     [
         ("data=coco model=nat_mini", ("data.root is not set",)),
         ("data=coco model=nat_mini data.root=/no/such", ("/no/such", "data.root=FOLDER")),
-        ("data=coco model=nat_mini data.root={data} data.train_annotations=x.json", ("x.json", "data.train_annotations")),
+        (
+            "data=coco model=nat_mini data.root={data} data.train_annotations=x.json",
+            ("x.json", "data.train_annotations"),
+        ),
         ("data=coco model=nat_mini data.root={data} data.val_images=val", ("no image folder", "data.val_images")),
         ("detector=mask_rnn", ("mask_rnn", "mask_rcnn")),
         ("model=nat_minni", ("nat_minni", "nat_mini")),
@@ -224,7 +264,7 @@ def test_unreadable_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
         ("model._target_=os.system", ("_target_", "cannot name code")),
         ("seed=1,2", ("seed",)),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(
     arguments: str, words: tuple[str, ...], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +302,61 @@ def test_bad_annotations_are_named(
 def test_conflicting_resume_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"resume={whole}", "schedule.lr=5"]) == 2
     assert "schedule.lr=5 conflicts with the run's schedule.lr=0.001" in capsys.readouterr().err
+
+
+FAMILIES = [
+    "nat_mini model.kwargs={depths:[1,1,1,1]}",
+    "zoo_maxvit_pico_rw_256",
+    "zoo_davit_tiny model.kwargs={depths:[1,1,1,1]}",
+    "zoo_halonet26t",
+    "biformer_tiny model.kwargs={depths:[1,1,1,1],n_win:16}",
+    "van_b0",
+    "litv2_s model.kwargs={depths:[1,1,1,1]}",
+    "stvit_small model.kwargs={depths:[1,1,1,1]}",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: m.split()[0])
+def test_every_family_trains_two_steps(model: str, cache: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, f"data.root={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=2", *f"model={model}".split()]
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["steps"] == 2
+    assert 0 <= summary["bbox_mAP"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "detector", ["retinanet", "faster_rcnn", "cascade_mask_rcnn", "cascade_mask_rcnn_4conv", "atss", "dino"]
+)
+def test_every_detector_trains_two_steps(detector: str, cache: Path, tmp_path: Path) -> None:
+    small = [*SMALL, "detector.channels=32"]  # ATSS and DINO have 32 groups to normalize
+    arguments = [*small, f"data.root={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=2", f"detector={detector}"]
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert ("segm_mAP" in summary and summary["segm_mAP"] is not None) == ("mask" in detector)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_exactly(whole: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "zoo.train.mmdet.detect", *SMALL, f"data.root={cache}", f"run_dir={folder}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([*command, "checkpoint.every_steps=1"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        manifest = folder / "checkpoints/last.manifest.json"
+        while process.poll() is None and time.monotonic() < deadline:
+            if manifest.is_file() and json.loads(manifest.read_text())["step"] >= 3:
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert main([f"resume={folder}"]) == 0
+    assert_same_run(folder, whole)
 
 
 def test_help_and_show(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 from zoo.cli import main
 from zoo.runs import load_run, select_weights
 
-ARGUMENTS = ["dry_run=true", "batch_size=16", "ema.enabled=true", "model.kwargs.depths=[1,1]", "model.kwargs.num_heads=[2,4]"]
+SMALL = ["model.kwargs.depths=[1,1]", "model.kwargs.num_heads=[2,4]"]
+ARGUMENTS = ["dry_run=true", "batch_size=16", "ema.enabled=true", *SMALL]
 
 
 @pytest.fixture(scope="module")

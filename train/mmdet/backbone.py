@@ -22,8 +22,8 @@ from .registry import MODELS
 
 __all__ = ["Backbone", "feature_channels", "feature_levels"]
 
-# Norms that the originals' detection backbones put on their outputs: (models, outputs, epsilon). NAT: detection/nat.py;
-# DaViT: mmdet/.../davit.py; BiFormer: models_mm/biformer_mm.py; LITv2: backbones/litv2.py, which leaves stage 1 as it is.
+# Norms that the originals' detection backbones put on outputs: (models, outputs, epsilon). NAT: detection/nat.py,
+# DaViT: mmdet/.../davit.py, BiFormer: models_mm/biformer_mm.py, LITv2: backbones/litv2.py, which spares stage 1.
 _PUBLISHED_OUT_NORMS = (
     (("nat_*", "dinat_*"), (0, 1, 2, 3), 1e-5),
     (("zoo_davit_*",), (0, 1, 2, 3), 1e-5),
@@ -37,14 +37,14 @@ class _NoIntermediates(Exception):
     """The model has no forward_intermediates."""
 
 
-def _wrap_features(model: nn.Module, **cfg: Any) -> nn.Module:
+def _wrap_features(model: nn.Module, **cfg: Any) -> FeatureGetterNet:
     """timm's feature wrapper that leaves a model's parameter names alone."""
     if not hasattr(model, "forward_intermediates"):
         raise _NoIntermediates
     return FeatureGetterNet(model, out_indices=cfg["out_indices"])
 
 
-def _create(name: str, out_indices: Sequence[int], pretrained: Any = False, **model_args: Any) -> nn.Module:
+def _create(name: str, out_indices: Sequence[int], pretrained: Any = False, **model_args: Any) -> Any:
     require_model(name)
     model_args = {
         "features_only": True,
@@ -169,7 +169,7 @@ class Backbone(BaseModule):
         self.reductions: list[int] = list(wrapper.feature_info.reduction())
         self._levels = [(str(i["module"]), int(i["reduction"])) for i in wrapper.feature_info.info]
         if isinstance(wrapper, FeatureGetterNet):
-            self.body = wrapper.model
+            self.body: Any = wrapper.model
             self._taps: Any = wrapper.out_indices
         else:
             self.body = wrapper
@@ -248,7 +248,7 @@ class Backbone(BaseModule):
         if self._taps is None:
             features = self.body(x)
         else:
-            features = self.body.forward_intermediates(  # type: ignore[operator]
+            features = self.body.forward_intermediates(
                 x, indices=self._taps, output_fmt="NCHW", intermediates_only=True
             )
         return tuple(

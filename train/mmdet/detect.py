@@ -60,6 +60,7 @@ _RESUME_SECTIONS = ("checkpoint.", "logger.")
 # What an evaluation of a run may change.
 _EVAL_KEYS = ("eval", "run", "checkpoint_name", "out", "val_batch_size", "pictures", "threads", "debug", "log_every")
 _DRY_IMAGES = 4
+_STOCK_HOOKS = ("timer", "logger", "checkpoint")  # for mmdet's own tools; the run folder's hook stands in for them
 
 
 def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
@@ -153,6 +154,9 @@ def build_runner(config: Config, hook: RunFolderHook, world: World, *, train: bo
     else:
         for key in ("test_dataloader", "test_cfg", "test_evaluator"):
             config[key] = None
+    for name in _STOCK_HOOKS:
+        config.default_hooks[name] = None
+    config.log_level = "WARNING"
     config.launcher = "pytorch" if world.distributed else "none"
     try:
         runner = Runner.from_cfg(config)

@@ -1,7 +1,7 @@
 """`digits_coco`: a detection data set that needs no download, composed from scikit-learn's 1797 handwritten digits.
 
-The digits are split before any canvas is composed, and as `data=digits` splits them: no digit of the validation canvases
-was ever seen in training, nor in a pretraining on `data=digits`.
+The digits are split before any canvas is composed, and as `data=digits` splits them: no digit of the validation
+canvases was ever seen in training, nor in a pretraining on `data=digits`.
 Written once per set of parameters into a cache, in COCO's format: PNG images, boxes, masks (RLE), true areas.
 """
 

@@ -57,7 +57,8 @@ def coco_average_precision(
         counted = {a["category_id"] for a in truth["annotations"] if not a.get("iscrowd")}
         return dict.fromkeys(_STATS, 0.0 if counted else -1.0)
     if engine == "faster_coco_eval":
-        from faster_coco_eval import COCO, COCOeval_faster as Evaluation
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as Evaluation
     elif engine == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval as Evaluation

@@ -180,8 +180,9 @@ def roi_pool_backward(
     grad_input.copy_(flat.view_as(grad_input))
 
 
-def _class_weight(weight: Tensor, target: Tensor) -> Tensor | float:
-    return weight[target] if weight.numel() else 1.0
+def _class_weight(weight: Tensor, target: Tensor) -> Tensor:
+    """The weight of each sample's class [N]; ones where no weights are given."""
+    return weight[target] if weight.numel() else weight.new_ones(target.shape)
 
 
 def sigmoid_focal_loss_forward(
@@ -194,7 +195,7 @@ def sigmoid_focal_loss_forward(
     positive = -alpha * (1 - p) ** gamma * p.clamp(min=_TINY).log()
     negative = -(1 - alpha) * p**gamma * (1 - p).clamp(min=_TINY).log()
     loss = torch.where(hit, positive, negative)
-    output.copy_(loss * _class_weight(weight, target)[:, None] if weight.numel() else loss)
+    output.copy_(loss * _class_weight(weight, target)[:, None])
 
 
 def sigmoid_focal_loss_backward(
@@ -207,7 +208,7 @@ def sigmoid_focal_loss_backward(
     positive = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * p.clamp(min=_TINY).log())
     negative = -(1 - alpha) * p**gamma * (gamma * (1 - p) * (1 - p).clamp(min=_TINY).log() - p)
     grad = torch.where(hit, positive, negative)
-    grad_input.copy_(grad * _class_weight(weight, target)[:, None] if weight.numel() else grad)
+    grad_input.copy_(grad * _class_weight(weight, target)[:, None])
 
 
 def softmax_focal_loss_forward(
@@ -238,32 +239,16 @@ def softmax_focal_loss_backward(
 
 
 def _deform_geometry(
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-) -> tuple[int, ...]:
+    kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
+    group: int, deformable_group: int,
+) -> tuple[int, ...]:  # fmt: skip
     return dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
 
 
 def _modulated_geometry(
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-) -> tuple[int, ...]:
+    kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int,
+    group: int, deformable_group: int,
+) -> tuple[int, ...]:  # fmt: skip
     return stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
 
 

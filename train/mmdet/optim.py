@@ -20,8 +20,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     classifier's head stands, one step above the deepest layer. One-dimensional parameters and those that the model
     names in `no_weight_decay` get no weight decay, in the whole detector.
 
-        optim_wrapper = dict(constructor="zoo.LayerDecayOptimWrapperConstructor",
-                             paramwise_cfg=dict(layer_decay=0.8), optimizer=dict(type="AdamW", lr=1e-4, weight_decay=0.05))
+        optim_wrapper = dict(
+            constructor="zoo.LayerDecayOptimWrapperConstructor",
+            paramwise_cfg=dict(layer_decay=0.8),
+            optimizer=dict(type="AdamW", lr=1e-4, weight_decay=0.05),
+        )
 
     Raises:
         ValueError: paramwise_cfg has other keys than layer_decay, or the detector's backbone is no zoo.Backbone.

@@ -35,7 +35,7 @@ _NO_DECAY = ("rpb", "relative_position_bias_table", "pos_embed")
 
 
 class PlainConfig(Config):
-    """A config whose text comes from pprint: mmengine's own takes seconds of yapf each of the many times it is asked."""
+    """A config whose text comes from pprint: mmengine's takes seconds of yapf each of the many times it is asked."""
 
     @property
     def pretty_text(self) -> str:
@@ -110,9 +110,9 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
             "optim_wrapper": _optimizer(cfg),
             "param_scheduler": _schedule(cfg),
             "default_hooks": {
-                "logger": None,
-                "checkpoint": None,
-                "timer": None,
+                "timer": {"type": "IterTimerHook"},
+                "logger": {"type": "LoggerHook", "interval": 50},
+                "checkpoint": {"type": "CheckpointHook", "interval": 1},
                 "runtime_info": {"type": "RuntimeInfoHook"},
                 "param_scheduler": {"type": "ParamSchedulerHook"},
                 "sampler_seed": {"type": "DistSamplerSeedHook"},
@@ -126,10 +126,11 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
                 "type": "MMDistributedDataParallel",
                 "find_unused_parameters": True,
                 "broadcast_buffers": False,
+                "device_ids": None,  # each process has one device, and CPUs refuse the default
             },
             "visualizer": {"type": "Visualizer", "vis_backends": []},
             "randomness": {"seed": cfg.seed},
-            "log_level": "WARNING",
+            "log_level": "INFO",
             "work_dir": str(run_dir / "mmengine"),
             "load_from": None,
             "resume": False,
@@ -208,6 +209,7 @@ def _model(cfg: DetectConfig, num_classes: int) -> dict[str, Any]:
     neck["in_channels"] = channels
     if detector.name == "dino":
         model["num_feature_levels"] = neck["num_outs"]
+        _fit_transformer(model, cfg)
     else:
         _fit_pyramid(model, strides, detector.anchor_scale)
         sizes = {"in_channels", "out_channels", "feat_channels", "conv_out_channels"}
@@ -253,6 +255,17 @@ def _fit_pyramid(model: dict[str, Any], strides: list[int], scale: float | None)
             anchors["scales"] = [scale]
 
 
+def _fit_transformer(model: dict[str, Any], cfg: DetectConfig) -> None:
+    """Let DINO's widths follow detector.channels, and its queries detector.proposals."""
+    channels = cfg.detector.channels
+    sizes = {"embed_dims": {256: channels}, "out_channels": {256: channels}, "num_feats": {128: channels // 2}}
+    _replace(model, sizes)
+    model["bbox_head"]["embed_dims"] = channels
+    if cfg.detector.proposals is not None:
+        model["num_queries"] = cfg.detector.proposals
+        model["test_cfg"]["max_per_img"] = min(model["test_cfg"]["max_per_img"], cfg.detector.proposals)
+
+
 def _fit_proposals(model: dict[str, Any], cfg: DetectConfig) -> None:
     detector = cfg.detector
     heads = [model["train_cfg"]["rcnn"]]
@@ -267,7 +280,7 @@ def _fit_proposals(model: dict[str, Any], cfg: DetectConfig) -> None:
 def _pipelines(cfg: DetectConfig, masks: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and evaluation transforms."""
     long, short = cfg.data.scale
-    keep = {"keep_ratio": True}
+    keep: dict[str, Any] = {"keep_ratio": True}
     sides = [(side, long) for side in _SHORT_SIDES]
     choose = {"type": "RandomChoiceResize", "scales": sides, **keep}
     crop = [
@@ -278,12 +291,13 @@ def _pipelines(cfg: DetectConfig, masks: bool) -> tuple[list[dict[str, Any]], li
     load = {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks}
     resize = {"type": "Resize", "scale": (long, short), **keep}
     flip = {"type": "RandomFlip", "prob": 0.5}
-    steps = {
+    policies: dict[str, list[dict[str, Any]]] = {
         "none": [resize],
         "flip": [resize, flip],
         "multiscale": [choose, flip],
         "detr": [flip, {"type": "RandomChoice", "transforms": [[choose], crop]}],
-    }[cfg.data.augment]
+    }
+    steps = policies[cfg.data.augment]
     pack = {"type": "PackDetInputs"}
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
     image = {"type": "LoadImageFromFile"}

@@ -135,7 +135,8 @@ class RunFolderHook(Hook):
         Raises:
             TrainingFailed: the loss is no number.
         """
-        assert outputs is not None and data_batch is not None
+        assert outputs is not None
+        assert data_batch is not None
         loss = outputs["loss"].item()
         if not math.isfinite(loss):
             parts = ", ".join(f"{k} {v.item():.3g}" for k, v in outputs.items() if "loss" in k)
@@ -253,7 +254,7 @@ class RunFolderHook(Hook):
 
     def write_results(self, runner: Runner, loop: TrainLoop) -> None:
         """summary.json, curves.png and predictions.png."""
-        last = next((row for row in reversed(self.history) if "bbox_mAP" in row), {})
+        last: dict[str, Any] = next((row for row in reversed(self.history) if "bbox_mAP" in row), {})
         unreadable = unreadable_images(self.run_dir / "unreadable_images.jsonl")
         summary = {
             "model": self.cfg.model.name,
@@ -278,11 +279,9 @@ class RunFolderHook(Hook):
             "versions": versions(),
         }
         write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        plot_detection_curves(
-            self.run_dir / "curves.png",
-            self.history,
-            f"{self.cfg.detector.name}, {self.cfg.model.name} on {self.cfg.data.name}: box AP50 {last.get('bbox_mAP_50', -1):.3f}",
-        )
+        title = f"{self.cfg.detector.name}, {self.cfg.model.name} on {self.cfg.data.name}"
+        title += f": box AP50 {last['bbox_mAP_50']:.3f}" if last else ""
+        plot_detection_curves(self.run_dir / "curves.png", self.history, title)
         self.gallery.write(self.run_dir / "predictions.png", runner.val_loop.dataloader.dataset)
 
     def _seconds(self) -> float:

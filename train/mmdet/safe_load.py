@@ -21,20 +21,11 @@ def _history_attribute(owner: Any, name: str) -> Any:
 
 def allow_mmengine_checkpoints() -> None:
     """Let checkpoints of mmengine's own CheckpointHook be read with weights_only, which stays on."""
-    reconstruct = np.empty(0).__reduce__()[0]  # its module was renamed in numpy 2
-    scalar = np.float64(0).__reduce__()[0]
+    reconstruct: Any = np.empty(0).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_, np.uint32)}
-    torch.serialization.add_safe_globals(
-        [
-            *((_history_attribute, f"{prefix}getattr") for prefix in ("builtins.", "__builtin__.", "")),
-            *(
-                (function, f"numpy.{core}.multiarray.{function.__name__}")
-                for core in ("core", "_core")
-                for function in (reconstruct, scalar)
-            ),
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            *dtypes,
-        ]
-    )
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
+    allowed += [(_history_attribute, f"{prefix}getattr") for prefix in ("builtins.", "__builtin__.", "")]
+    for core in ("core", "_core"):  # numpy 2 renamed the module
+        allowed += [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in (reconstruct, scalar)]
+    torch.serialization.add_safe_globals(allowed)

@@ -46,8 +46,8 @@ class DetectorConfig:
     name: str = MISSING
     channels: int = 256  # of neck and convolutional heads
     fc_channels: int = 1024  # of the box heads of two-stage detectors
-    anchor_scale: Optional[float] = None  # side of the square anchor in strides; mmdet's own when null
-    proposals: Optional[int] = None  # of two-stage detectors, per image; mmdet's own (2000 and 1000) when null
+    anchor_scale: Optional[float] = None  # side of the square anchor in strides, where there are anchors; null: mmdet's
+    proposals: Optional[int] = None  # per image, of two-stage detectors, or DINO's queries; null: mmdet's
     roi_samples: int = 512  # per image in training
     overrides: dict[str, Any] = field(default_factory=dict)  # merged into mmdet's model config before sizes are set
 
@@ -178,8 +178,6 @@ def validate_detect(cfg: DetectConfig) -> None:
     _require(data.pad_divisor >= 1, "data.pad_divisor", data.pad_divisor, "at least 1")
     for key in ("channels", "fc_channels", "roi_samples"):
         _require(getattr(detector, key) >= 8, f"detector.{key}", getattr(detector, key), "at least 8")
-    if detector.name == "dino" and (detector.channels != 256 or detector.anchor_scale is not None):
-        raise UserError("detector=dino has no detector.channels and no anchors to set; use detector.overrides")
     if cfg.resume and cfg.eval:
         raise UserError(
             "resume and eval=true exclude each other; evaluate a run with `zoo detect eval=true run=FOLDER`"
