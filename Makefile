@@ -7,7 +7,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train detect test test-all lint format bench models-table wheel clean
+.PHONY: help train detect test test-all lint format bench bench-gpu models-table wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,11 +15,14 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found; name one with PYTHON=..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,detection]"
 	@touch $@
 
 train: $(VENV)/.installed ## train a small NAT on scikit-learn's digits (ARGS="model=... epochs=..." overrides)
 	$(BIN)/zoo train $(ARGS)
+
+detect: $(VENV)/.installed ## train a detector on canvases of the same digits (ARGS as for `zoo detect`)
+	$(BIN)/zoo detect $(ARGS)
 
 test: $(VENV)/.installed ## the tests, without those marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
@@ -38,6 +41,9 @@ format: $(VENV)/.installed ## let ruff rewrite
 
 bench: $(VENV)/.installed ## time the ops against their peers on this machine
 	$(BIN)/python benchmarks/ops.py $(ARGS)
+
+bench-gpu: $(VENV)/.installed ## check and time the Triton kernels on this machine's GPU: a table, and JSON (8 minutes)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 models-table: $(VENV)/.installed ## write MODELS.md anew
 	$(BIN)/zoo list --markdown > MODELS.md.new && mv MODELS.md.new MODELS.md

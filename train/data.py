@@ -292,6 +292,14 @@ def _loader_options(cfg: DataConfig, device: torch.device, seed: int) -> dict[st
     }
 
 
+def _stop_workers(loader: DataLoader[Any]) -> None:
+    """Send a loader's workers home: at its exit the interpreter would ask them with SIGTERM, which they ignore."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
 class TrainLoader:
     """Training batches, from any position of any epoch."""
 
@@ -340,6 +348,10 @@ class TrainLoader:
         self.stream.epoch = epoch
         return islice(iter(self.loader), start, self.batches)
 
+    def close(self) -> None:
+        """Stop the workers; the next epoch starts new ones."""
+        _stop_workers(self.loader)
+
 
 class EvalLoader:
     """Held-out batches; over all processes every image comes exactly once."""
@@ -362,3 +374,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.loader)
+
+    def close(self) -> None:
+        """Stop the workers; the next pass starts new ones."""
+        _stop_workers(self.loader)

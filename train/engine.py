@@ -500,8 +500,12 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             TrainingFailed: the loss is no longer a number.
         """
-        with self.signals.installed(), _determinism(self.cfg.deterministic):
-            return self._fit()
+        try:
+            with self.signals.installed(), _determinism(self.cfg.deterministic):
+                return self._fit()
+        finally:
+            self.loader.close()
+            self.val_loader.close()
 
     def _fit(self) -> dict[str, Any]:
         world, cfg = self.world, self.cfg

@@ -159,7 +159,10 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     if cfg.compile:
         model = torch.compile(model)
     loader = EvalLoader(dataset, cfg.data, shape, cfg.batch_size, world)
-    result = evaluate(model, loader, world, num_classes=num_classes, amp=cfg.amp, channels_last=cfg.channels_last)
+    try:
+        result = evaluate(model, loader, world, num_classes=num_classes, amp=cfg.amp, channels_last=cfg.channels_last)
+    finally:
+        loader.close()
     assert result is not None
     if world.is_primary:
         record = {

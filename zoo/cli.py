@@ -120,6 +120,13 @@ def _doctor(argv: Sequence[str]) -> int:
     return run()
 
 
+def _bench(argv: Sequence[str]) -> int:
+    """time the ops or the models, or tune the kernels for this GPU: zoo bench ops|models|gpu|tune"""
+    from zoo.bench import main as run
+
+    return run(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
@@ -128,6 +135,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "list": _list,
     "info": _info,
     "doctor": _doctor,
+    "bench": _bench,
 }
 
 

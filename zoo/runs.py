@@ -81,11 +81,25 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _keep(path: Path, name: str) -> None:
+def _described(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The files that a manifest accepts: the one it was written for, and the one that this one was to replace."""
+    replaced = manifest.get("replaces")
+    entries = [manifest, replaced] if isinstance(replaced, dict) else [manifest]
+    return [entry for entry in entries if entry.get("sha256")]
+
+
+def _present(path: Path) -> dict[str, Any] | None:
+    """What the manifest says of the file that is there now; None where there is none or it is damaged."""
+    entries = _described(_read_manifest(path))
+    if not entries or not path.is_file():
+        return None
+    digest = _digest(path)
+    found = next((entry for entry in entries if entry["sha256"] == digest), None)
+    return None if found is None else {k: found[k] for k in ("sha256", "bytes", "step", "epoch") if k in found}
+
+
+def _keep(path: Path, name: str, present: Mapping[str, Any]) -> None:
     """Give the current file a second name, under which it stays when its own name is given to a newer one."""
-    manifest = _read_manifest(path)
-    if not path.exists() or not manifest:
-        return
     kept = path.with_name(name)
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
@@ -93,9 +107,8 @@ def _keep(path: Path, name: str) -> None:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
-    also = [_read_manifest(kept).get("sha256")]
-    accepted = {**manifest, "file": name, "replaces": [h for h in [*manifest.get("replaces", []), *also] if h]}
-    write_atomic(_manifest_path(kept), json.dumps(accepted, indent=1))
+    manifest = {"file": name, **present, "replaces": _present(kept)}
+    write_atomic(_manifest_path(kept), json.dumps(manifest, indent=1))
     _replace(temporary, kept)
 
 
@@ -105,7 +118,8 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any], *, previous: str
     Args:
         path: the file, `FOLDER/NAME.pt`; the folder is made.
         state: plain containers, numbers, strings and tensors.
-        previous: a file name under which the file that is replaced stays, as the fallback of `newest_intact`.
+        previous: a file name under which the file that is replaced stays, if it is intact, as the fallback of
+            `newest_intact`.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the old checkpoint is still there.
@@ -116,16 +130,15 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any], *, previous: str
     try:
         torch.save(dict(state), temporary)
         digest = _digest(temporary)
-        before = _read_manifest(path)
-        # a writer that died between manifest and file left the hash of its own file and, behind it, of the one there
-        accepted = [h for h in (before.get("sha256"), *before.get("replaces", [])) if h][:3]
-        if previous is not None:
-            _keep(path, previous)
+        # by its own hash: the manifest may be that of a file whose writer died before it got its name
+        present = _present(path)
+        if previous is not None and present is not None:  # a damaged file must not push out its fallback
+            _keep(path, previous, present)
         manifest = {
             "file": path.name,
             "sha256": digest,
             "bytes": temporary.stat().st_size,
-            "replaces": accepted if path.exists() else [],
+            "replaces": present,
             **{k: state[k] for k in ("step", "epoch") if k in state},
         }
         write_atomic(_manifest_path(path), json.dumps(manifest, indent=1))
@@ -147,7 +160,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     manifest = _read_manifest(path)
     if not manifest.get("sha256"):
         raise CorruptCheckpointError(f"checkpoint {path} has no readable manifest {_manifest_path(path).name}")
-    if _digest(path) not in (manifest["sha256"], *manifest.get("replaces", [])):
+    if _digest(path) not in [entry["sha256"] for entry in _described(manifest)]:
         size, expected = path.stat().st_size, manifest.get("bytes")
         detail = f"{size} bytes instead of {expected}" if size != expected else "its SHA-256 is not the manifest's"
         raise CorruptCheckpointError(f"checkpoint {path} is damaged: {detail}")

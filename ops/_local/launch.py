@@ -8,25 +8,16 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
+from . import tuning
 from .geometry import Axis, Plan, plan
 from .kernels import bias_gradient_kernel, columns_kernel, forward_kernel, rows_kernel
+from .tuning import Config
 
-__all__ = ["Config", "Relative", "local_backward", "local_forward"]
+__all__ = ["Relative", "local_backward", "local_forward"]
 
 _LOG2E = math.log2(math.e)
 _INTERPRET = triton.knobs.runtime.interpret
-
-
-@dataclass(frozen=True)
-class Config:
-    """tile: positions per axis of a tile; columns: most box columns in one block; images: share of a program."""
-
-    tile: int
-    columns: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Relative:
 
 
 def _configs(dim: int, area: int) -> list[Config]:
-    """Configurations to try, the best first; the later ones need less shared memory."""
+    """The heuristic, the best first; the later ones need less shared memory."""
     whole = max(16, triton.next_power_of_2(area))
     first = Config(8, whole, 8, 1) if whole <= 256 and dim <= 64 else Config(8, 64, 4, 2)
     if whole <= 64 and dim <= 64:
@@ -151,20 +142,18 @@ def _grid(layout: _Layout, batch: int, heads: int) -> tuple[tuple[int, int], int
     return (tiles * groups, heads), groups, images
 
 
-_FITTED: dict[tuple[Any, ...], int] = {}
+def _launch(
+    kind: str, direction: str, q: Tensor, v: Tensor, axes: tuple[Axis, Axis], bias_size: Any, configs: Any, run: Any
+) -> None:
+    dim = max(q.shape[-1], v.shape[-1])
+    problem = tuning.key(kind, direction, q, dim, (_side(axes[0]), _side(axes[1])), axes[0].length * axes[1].length)
+    tuning.launch(problem, configs, q.device, run, axes, bias_size, q.shape[-1], v.shape[-1])
 
 
-def _try(key: tuple[Any, ...], configs: list[Config], run: Any) -> None:
-    """Run the first configuration that the device has the resources for, and remember it."""
-    for i in range(_FITTED.get(key, 0), len(configs)):
-        try:
-            run(configs[i])
-        except OutOfResources:
-            if i + 1 == len(configs):
-                raise
-            continue
-        _FITTED[key] = i
-        return
+@functools.lru_cache(maxsize=1024)
+def _side(axis: Axis) -> int:
+    """The most positions of the axis that a query sees."""
+    return max(hi - lo for lane in axis.lanes for lo, hi in zip(lane.lo, lane.hi, strict=True))
 
 
 def local_forward(
@@ -177,6 +166,8 @@ def local_forward(
     scale: float,
     relative: Relative | None = None,
     mask: bool = False,
+    *,
+    kind: str = "local",
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries [B, H, W, heads, dim] over what the axes let them see.
 
@@ -184,6 +175,7 @@ def local_forward(
         bias: [heads, 2 kh - 1, 2 kw - 1], indexed key - query + k - 1 in lane steps.
         relative: see Relative; its tiles never reach across blocks.
         mask: leave keys outside the map out of the softmax; otherwise they are zeros that take part.
+        kind: the op's name in tables of tile configurations.
 
     Returns:
         The output [B, H, W, heads, dim_v] in q's dtype, and the log-sum-exp [B, H, W, heads] in float32.
@@ -209,7 +201,7 @@ def local_forward(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    _try(("forward", height, width, bias_size, q.dtype, q.shape[-1], v.shape[-1], q.device), configs, run)
+    _launch(kind, "forward", q, v, (height, width), bias_size, configs, run)
     return out, lse
 
 
@@ -248,6 +240,8 @@ def local_backward(
     relative: Relative | None = None,
     mask: bool = False,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    kind: str = "local",
 ) -> Gradients:
     """Gradients of local_forward; `into` names tensors (views of one packed gradient, say) to write dq, dk, dv to."""
     q, k, v, grad, out = _unit(q), _unit(k), _unit(v), _unit(grad), out.contiguous()
@@ -260,7 +254,7 @@ def local_backward(
     delta = torch.empty_like(lse)
     bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
     dim = max(q.shape[-1], v.shape[-1])
-    key = (height, width, bias_size, q.dtype, q.shape[-1], v.shape[-1], q.device)
+    axes = (height, width)
 
     def rows(config: Config) -> None:
         layout = _layout(height, width, config, bias_size, False, q.device)
@@ -291,8 +285,8 @@ def local_backward(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    _try(("rows", *key), _backward_configs(dim, _area(height, width, False)), rows)
-    _try(("columns", *key), _backward_configs(dim, _area(height, width, True)), columns)
+    _launch(kind, "rows", q, v, axes, bias_size, _backward_configs(dim, _area(height, width, False)), rows)
+    _launch(kind, "columns", q, v, axes, bias_size, _backward_configs(dim, _area(height, width, True)), columns)
     return Gradients(dq, dk, dv, dbias, drel)
 
 

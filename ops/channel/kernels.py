@@ -1,9 +1,14 @@
 """Triton kernels of channel attention: the dim x dim product over tokens, and its application to every token."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zoo.ops._local import tuning
+from zoo.ops._local.tuning import Config
 
 __all__ = ["channel_backward_triton", "channel_forward_triton"]
 
@@ -70,30 +75,47 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_sb": x.stride(0), f"{name}_sn": x.stride(1), f"{name}_sh": x.stride(2)}
 
 
+def _launch(direction: str, x: Tensor, run: Callable[[Config], None]) -> None:
+    """tile: tokens of a block. The columns are the whole dim x dim map and no table can change them."""
+    heuristic = [Config(tile, 16, 4, stages) for tile, stages in ((64, 3), (32, 2), (16, 1))]
+    problem = tuning.key("channel", direction, x, x.shape[3], (x.shape[3],) * 2, x.shape[1])
+    tuning.launch(problem, heuristic, x.device, run, x.shape[2])
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """[B, heads, dim, dim] in float32; splits of the tokens are added in a fixed order."""
     batch, tokens, heads, dim = a.shape
-    splits = max(1, min(triton.cdiv(tokens, 128), 512 // max(1, batch * heads)))
+    # the batch has no say: an image's bits would depend on the others
+    splits = max(1, min(triton.cdiv(tokens, 512), 16))
     share = triton.cdiv(triton.cdiv(tokens, splits), 64) * 64
     splits = triton.cdiv(tokens, share)
     partial = torch.empty((splits, batch, heads, dim, dim), dtype=torch.float32, device=a.device)
-    _product_kernel[(splits, batch, heads)](
-        a, b, partial, tokens, heads, share, **_strides("a", a), **_strides("b", b),
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_N=64,
-        UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        _product_kernel[(splits, batch, heads)](
+            a, b, partial, tokens, heads, share, **_strides("a", a), **_strides("b", b),
+            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_N=max(16, config.tile),
+            UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("product", a, run)
     return partial.sum(0)
 
 
 def _apply(x: Tensor, maps: Tensor, out: Tensor, transpose: bool) -> None:
     """out[n] = x[n] @ maps, or its transpose."""
     batch, tokens, heads, dim = x.shape
-    _apply_kernel[(triton.cdiv(tokens, 64), batch, heads)](
-        x, maps, out, tokens, heads, 1 if transpose else dim, dim if transpose else 1,
-        **_strides("x", x), **_strides("out", out),
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_N=64,
-        UPCAST=_INTERPRET and x.dtype == torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        tile = max(16, config.tile)
+        _apply_kernel[(triton.cdiv(tokens, tile), batch, heads)](
+            x, maps, out, tokens, heads, 1 if transpose else dim, dim if transpose else 1,
+            **_strides("x", x), **_strides("out", out),
+            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_N=tile,
+            UPCAST=_INTERPRET and x.dtype == torch.bfloat16, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("apply", x, run)
 
 
 def channel_forward_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def halo_attention_triton(
     """Output [B, Hq, Wq, heads, dim_v] and log-sum-exp [B, Hq, Wq, heads]."""
     relative, _ = _relative(q, rel_height, rel_width, block_size, halo_size, stride)
     axes = _axes(k, block_size, halo_size, stride)
-    return local_forward(q, k, v, None, *axes, scale, relative, mask_border)
+    return local_forward(q, k, v, None, *axes, scale, relative, mask_border, kind="halo")
 
 
 def halo_attention_backward_triton(
@@ -76,7 +76,7 @@ def halo_attention_backward_triton(
     """Gradients of q, k, v and of the two tables (empty where there is none)."""
     relative, index = _relative(q, rel_height, rel_width, block_size, halo_size, stride)
     axes = _axes(k, block_size, halo_size, stride)
-    grads = local_backward(grad, q, k, v, None, out, lse, *axes, scale, relative, mask_border)
+    grads = local_backward(grad, q, k, v, None, out, lse, *axes, scale, relative, mask_border, kind="halo")
     dq, tables = grads.q, []
     for axis, table in ((1, rel_height), (2, rel_width)):
         if table is None or grads.relative is None:

@@ -4,10 +4,15 @@ All strides are given, so NCHW and channels_last maps are read in place. Weight 
 pixels and then over the shares: a fixed order, nothing atomic.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zoo.ops._local import tuning
+from zoo.ops._local.tuning import Config
 
 __all__ = ["large_kernel_attention_backward_triton", "large_kernel_attention_triton"]
 
@@ -170,18 +175,31 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _block(count: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(count)))
+    return min(max(16, most), max(16, triton.next_power_of_2(count)))
+
+
+def _launch(direction: str, x: Tensor, weight: Tensor, columns: int, run: Callable[[Config], None]) -> None:
+    """tile: pixels of a block, columns: channels of a block."""
+    heuristic = [Config(64, columns, 4, 3), Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+    box = (weight.shape[2], weight.shape[3])
+    problem = tuning.key("large_kernel", direction, x, x.shape[1], box, x.shape[2] * x.shape[3])
+    tuning.launch(problem, heuristic, x.device, run)
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, y: Tensor, flip: bool = False) -> Tensor:
     batch, channels, height, width = x.shape
-    block_p, block_c = _block(height * width, 64), _block(channels, 32)
-    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
-    _depthwise_kernel[grid](
-        x, weight.contiguous(), x if bias is None else bias, y, height, width, **_strides("x", x), **_strides("y", y),
-        C=channels, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation, BIAS=bias is not None, FLIP=flip,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        block_p, block_c = _block(height * width, config.tile), _block(channels, config.columns)
+        grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
+        _depthwise_kernel[grid](
+            x, weight.contiguous(), x if bias is None else bias, y, height, width,
+            **_strides("x", x), **_strides("y", y),
+            C=channels, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation, BIAS=bias is not None, FLIP=flip,
+            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("depthwise", x, weight, 32, run)
     return y
 
 
@@ -195,16 +213,19 @@ def _split(pixels: int, programs: int, block: int) -> tuple[int, int]:
 def _depthwise_weight(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[2:]
-    block_p, block_c = 64, _block(channels, 32)
-    blocks = triton.cdiv(channels, block_c)
-    splits, share = _split(batch * height * width, blocks * kh, block_p)
+    splits, share = _split(batch * height * width, triton.cdiv(channels, 32) * kh, 64)
     dw = torch.empty((splits, channels, kh, kw), dtype=torch.float32, device=x.device)
     db = torch.empty((splits, channels), dtype=torch.float32, device=x.device)
-    _depthwise_weight_kernel[(splits, blocks, kh)](
-        x, grad, dw, db, batch * height * width, height, width, share, **_strides("x", x), **_strides("g", grad),
-        C=channels, KH=kh, KW=kw, DILATION=dilation, BLOCK_P=block_p, BLOCK_C=block_c,
-        BLOCK_K=triton.next_power_of_2(kw), num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        block_c = _block(channels, config.columns)
+        _depthwise_weight_kernel[(splits, triton.cdiv(channels, block_c), kh)](
+            x, grad, dw, db, batch * height * width, height, width, share, **_strides("x", x), **_strides("g", grad),
+            C=channels, KH=kh, KW=kw, DILATION=dilation, BLOCK_P=max(16, config.tile), BLOCK_C=block_c,
+            BLOCK_K=triton.next_power_of_2(kw), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("depthwise_weight", x, weight, 32, run)
     return dw.sum(0).view(weight.shape).to(weight.dtype), db.sum(0).to(weight.dtype)
 
 
@@ -220,35 +241,43 @@ def _pointwise(
 ) -> Tensor:
     """weight is [out, in]; transposed, the product goes from out to in."""
     batch, channels, height, width = a.shape
-    block_p, block_c = _block(height * width, 64), _block(channels, 64)
     matrix = weight.reshape(channels, channels)
     w_in, w_out = (matrix.stride(0), matrix.stride(1)) if transpose else (matrix.stride(1), matrix.stride(0))
-    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
-    _pointwise_kernel[grid](
-        a, a if gate is None else gate, matrix, a if bias is None else bias, a if out_gate is None else out_gate, y,
-        height, width, **_strides("a", a), **_strides("gate", a if gate is None else gate),
-        **_strides("out_gate", a if out_gate is None else out_gate), **_strides("y", y), w_in=w_in, w_out=w_out,
-        C=channels, GATE=gate is not None, BIAS=bias is not None, OUT_GATE=out_gate is not None,
-        BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=_block(channels, 32),
-        UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        block_p, block_c = _block(height * width, config.tile), _block(channels, config.columns)
+        grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
+        _pointwise_kernel[grid](
+            a, a if gate is None else gate, matrix, a if bias is None else bias, a if out_gate is None else out_gate,
+            y, height, width, **_strides("a", a), **_strides("gate", a if gate is None else gate),
+            **_strides("out_gate", a if out_gate is None else out_gate), **_strides("y", y), w_in=w_in, w_out=w_out,
+            C=channels, GATE=gate is not None, BIAS=bias is not None, OUT_GATE=out_gate is not None,
+            BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=_block(channels, 32),
+            UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("pointwise", a, weight, 64, run)
     return y
 
 
 def _pointwise_weight(a: Tensor, grad: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = a.shape
-    block = _block(channels, 64)
-    blocks = triton.cdiv(channels, block)
     pixels = batch * height * width
-    splits, share = _split(pixels, blocks * blocks, 64)
+    splits, share = _split(pixels, triton.cdiv(channels, 64) ** 2, 64)
     dw = torch.empty((splits, channels, channels), dtype=torch.float32, device=a.device)
     db = torch.empty((splits, channels), dtype=torch.float32, device=a.device)
-    _pointwise_weight_kernel[(splits, blocks, blocks)](
-        a, grad, gate, dw, db, pixels, height * width, width, share,
-        **_strides("a", a), **_strides("g", grad), **_strides("gate", gate),
-        C=channels, BLOCK_P=64, BLOCK_CO=block, BLOCK_CI=block,
-        UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        block = _block(channels, config.columns)
+        blocks = triton.cdiv(channels, block)
+        _pointwise_weight_kernel[(splits, blocks, blocks)](
+            a, grad, gate, dw, db, pixels, height * width, width, share,
+            **_strides("a", a), **_strides("g", grad), **_strides("gate", gate),
+            C=channels, BLOCK_P=max(16, config.tile), BLOCK_CO=block, BLOCK_CI=block,
+            UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("pointwise_weight", a, weight, 64, run)
     return dw.sum(0).view(weight.shape).to(weight.dtype), db.sum(0).to(weight.dtype)
 
 

@@ -43,7 +43,7 @@ def neighborhood_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, *spatial, heads, dim_v] and log-sum-exp [B, *spatial, heads]."""
     axes = _axes(q.shape[1:-2], kernel_size, dilation, stride, is_causal)
-    out, lse = local_forward(_map(q), _map(k), _map(v), _bias(bias), *axes, scale)
+    out, lse = local_forward(_map(q), _map(k), _map(v), _bias(bias), *axes, scale, kind="neighborhood")
     return (out, lse) if q.dim() == 5 else (out.squeeze(1), lse.squeeze(1))
 
 
@@ -67,7 +67,7 @@ def neighborhood_attention_backward_triton(
     axes = _axes(q.shape[1:-2], kernel_size, dilation, stride, is_causal)
     targets = None if into is None else (_map(into[0]), _map(into[1]), _map(into[2]))
     maps = (_map(grad), _map(q), _map(k), _map(v), _bias(bias), _map(out), lse if q.dim() == 5 else lse.unsqueeze(1))
-    grads = local_backward(*maps, *axes, scale, into=targets)
+    grads = local_backward(*maps, *axes, scale, into=targets, kind="neighborhood")
     dbias = None if bias is None or grads.bias is None else grads.bias.view_as(bias)
     if q.dim() == 5:
         return grads.q, grads.k, grads.v, dbias

@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops._local import tuning
+from zoo.ops._local.tuning import Config
+
 from .layout import Pair, grid_size, key_region_size
 
 __all__ = ["routing_backward_triton", "routing_forward_triton"]
@@ -205,6 +208,17 @@ def _block(count: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(count)))
 
 
+def _configs(columns: int, stages: int) -> list[Config]:
+    """The heuristic, the best first; the later ones need less shared memory."""
+    return [Config(64, columns, 4, stages), Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+
+
+def _launch(direction: str, q: Tensor, v: Tensor, box: tuple[int, int], configs: list[Config], run: Any) -> None:
+    dim = max(q.shape[4], v.shape[4])
+    problem = tuning.key("routing", direction, q, dim, box, q.shape[1] * q.shape[2])
+    tuning.launch(problem, configs, q.device, run, q.shape[3:], v.shape[4])
+
+
 def _common(q: Tensor, k: Tensor, v: Tensor, region: Pair, scale: float) -> dict[str, Any]:
     rows, cols = grid_size(q, region)
     key_region = key_region_size(q, k, region)
@@ -250,13 +264,19 @@ def routing_forward_triton(
         return out, lse
     common = _common(q, k, v, region, scale)
     tokens = region[0] * region[1]
-    block_m = _block(tokens, 64)
-    tiles = triton.cdiv(tokens, block_m)
+    index = index.contiguous()
     topk = index.shape[2]
-    _forward_kernel[(q.shape[0] * common["regions"] * tiles, q.shape[3])](
-        q, k, v, index.contiguous(), out, lse, **common, TOPK=topk,
-        BLOCK_M=block_m, BLOCK_N=_block(topk * common["KH"] * common["KW"], 64), TILES=tiles, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    keys = topk * common["KH"] * common["KW"]
+
+    def run(config: Config) -> None:
+        block_m = _block(tokens, config.tile)
+        tiles = triton.cdiv(tokens, block_m)
+        _forward_kernel[(q.shape[0] * common["regions"] * tiles, q.shape[3])](
+            q, k, v, index, out, lse, **common, TOPK=topk, BLOCK_M=block_m, BLOCK_N=_block(keys, config.columns),
+            TILES=tiles, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("forward", q, v, (tokens, keys), _configs(64, 2), run)
     return out, lse
 
 
@@ -281,21 +301,31 @@ def routing_backward_triton(
     delta = torch.empty_like(lse)
     batch, regions, topk = index.shape
     tokens, keys = region[0] * region[1], common["KH"] * common["KW"]
-    block_q, block_k = _block(tokens, 64), _block(keys, 64)
-    tiles = triton.cdiv(tokens, block_q)
-    _dq_kernel[(batch * regions * tiles, q.shape[3])](
-        q, k, v, index.contiguous(), out, grad, lse, delta, dq, **common, TOPK=topk,
-        BLOCK_M=block_q, BLOCK_N=_block(topk * keys, 64), TILES=tiles, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    listed = index.contiguous()
+
+    def rows(config: Config) -> None:
+        block_m = _block(tokens, config.tile)
+        tiles = triton.cdiv(tokens, block_m)
+        _dq_kernel[(batch * regions * tiles, q.shape[3])](
+            q, k, v, listed, out, grad, lse, delta, dq, **common, TOPK=topk, BLOCK_M=block_m,
+            BLOCK_N=_block(topk * keys, config.columns), TILES=tiles, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("rows", q, v, (tokens, topk * keys), _configs(64, 1), rows)
 
     # Who picked each region: a stable sort keeps the pickers in region order, and needs no word from the host.
     order, entry = index.flatten(1).sort(dim=1, stable=True)
     numbers = torch.arange(regions + 1, device=index.device, dtype=order.dtype).expand(batch, -1).contiguous()
     starts = torch.searchsorted(order, numbers).int()
     pickers = (entry // topk).int()
-    tiles = triton.cdiv(keys, block_k)
-    _dkv_kernel[(batch * regions * tiles, q.shape[3])](
-        q, k, v, starts, pickers, grad, lse, delta, dk, dv, **common, entries=regions * topk,
-        BLOCK_M=block_k, BLOCK_N=64 if tokens > 16 else 32, TILES=tiles, num_warps=4, num_stages=1,
-    )  # fmt: skip
+
+    def columns(config: Config) -> None:
+        block_m = _block(keys, config.tile)
+        tiles = triton.cdiv(keys, block_m)
+        _dkv_kernel[(batch * regions * tiles, q.shape[3])](
+            q, k, v, starts, pickers, grad, lse, delta, dk, dv, **common, entries=regions * topk, BLOCK_M=block_m,
+            BLOCK_N=config.columns, TILES=tiles, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    _launch("columns", q, v, (keys, topk * tokens), _configs(64 if tokens > 16 else 32, 1), columns)
     return dq, dk, dv

@@ -4,12 +4,16 @@ Three kernels serve both passes: affinity (pixels against 9 tokens), aggregate (
 (9 tokens onto a pixel). Tokens gather from their cells, so no sum needs an atomic and no map-sized scratch exists.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zoo.ops._local import tuning
+from zoo.ops._local.tuning import Config
 
 from .reference import EPS
 
@@ -164,48 +168,66 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_sb": x.stride(0), f"{name}_sh": x.stride(1), f"{name}_sw": x.stride(2)}
 
 
-def _blocks(th: int, tw: int, channels: int) -> tuple[int, int]:
-    return min(64, max(16, triton.next_power_of_2(th * tw))), min(64, max(16, triton.next_power_of_2(channels)))
+def _block(count: int, most: int) -> int:
+    return min(max(16, most), max(16, triton.next_power_of_2(count)))
+
+
+def _launch(direction: str, x: Tensor, th: int, tw: int, run: Callable[[Config], None]) -> None:
+    """tile: pixels of a block, columns: channels of a block."""
+    heuristic = [Config(64, 64, 4, 3), Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+    problem = tuning.key("super_token", direction, x, x.shape[3], (th, tw), x.shape[1] * x.shape[2])
+    tuning.launch(problem, heuristic, x.device, run)
 
 
 def _cells(height: int, width: int, th: int, tw: int) -> tuple[int, int]:
     return triton.cdiv(height, th), triton.cdiv(width, tw)
 
 
-def _common(size: tuple[int, int], th: int, tw: int, channels: int, dtype: torch.dtype) -> dict[str, Any]:
+def _common(
+    size: tuple[int, int], th: int, tw: int, channels: int, dtype: torch.dtype, config: Config
+) -> dict[str, Any]:
     rows, cols = _cells(*size, th, tw)
-    block_p, block_c = _blocks(th, tw, channels)
+    block_p, block_c = _block(th * tw, config.tile), _block(channels, config.columns)
     return {
         "height": size[0], "width": size[1], "rows": rows, "cols": cols,
         "C": channels, "TH": th, "TW": tw, "BLOCK_P": block_p, "BLOCK_C": block_c,
-        "UPCAST": _INTERPRET and dtype == torch.bfloat16, "num_warps": 4,
+        "UPCAST": _INTERPRET and dtype == torch.bfloat16, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
 
 
 def _affinity(x: Tensor, tokens: Tensor, out: Tensor, th: int, tw: int, scale: float, softmax: bool) -> None:
-    common = _common((x.shape[1], x.shape[2]), th, tw, x.shape[3], x.dtype)
-    grid = (common["rows"] * common["cols"], x.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
-    _affinity_kernel[grid](
-        x, tokens, out, scale=scale, **_strides("x", x), **_strides("t", tokens), **common, SOFTMAX=softmax
-    )
+    def run(config: Config) -> None:
+        common = _common((x.shape[1], x.shape[2]), th, tw, x.shape[3], x.dtype, config)
+        grid = (common["rows"] * common["cols"], x.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
+        _affinity_kernel[grid](
+            x, tokens, out, scale=scale, **_strides("x", x), **_strides("t", tokens), **common, SOFTMAX=softmax
+        )
+
+    _launch("affinity", x, th, tw, run)
 
 
 def _aggregate(x: Tensor, affinity: Tensor | None, out: Tensor, mass: Tensor | None, th: int, tw: int) -> None:
-    common = _common((x.shape[1], x.shape[2]), th, tw, x.shape[3], x.dtype)
-    grid = (common["rows"] * common["cols"], x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))
-    _aggregate_kernel[grid](
-        x, x if affinity is None else affinity, out, x if mass is None else mass, eps=EPS,
-        **_strides("x", x), **common, MEAN=affinity is None, NORMALIZE=mass is not None,
-    )  # fmt: skip
+    def run(config: Config) -> None:
+        common = _common((x.shape[1], x.shape[2]), th, tw, x.shape[3], x.dtype, config)
+        grid = (common["rows"] * common["cols"], x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))
+        _aggregate_kernel[grid](
+            x, x if affinity is None else affinity, out, x if mass is None else mass, eps=EPS,
+            **_strides("x", x), **common, MEAN=affinity is None, NORMALIZE=mass is not None,
+        )  # fmt: skip
+
+    _launch("aggregate", x, th, tw, run)
 
 
 def _spread(tokens: Tensor, affinity: Tensor, mass: Tensor | None, out: Tensor, th: int, tw: int) -> None:
-    common = _common((out.shape[1], out.shape[2]), th, tw, out.shape[3], affinity.dtype)
-    grid = (common["rows"] * common["cols"], out.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
-    _spread_kernel[grid](
-        tokens, affinity, tokens if mass is None else mass, out,
-        **_strides("t", tokens), **common, DIVIDE=mass is not None,
-    )  # fmt: skip
+    def run(config: Config) -> None:
+        common = _common((out.shape[1], out.shape[2]), th, tw, out.shape[3], affinity.dtype, config)
+        grid = (common["rows"] * common["cols"], out.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
+        _spread_kernel[grid](
+            tokens, affinity, tokens if mass is None else mass, out,
+            **_strides("t", tokens), **common, DIVIDE=mass is not None,
+        )  # fmt: skip
+
+    _launch("spread", out, th, tw, run)
 
 
 def sampling_triton(x: Tensor, th: int, tw: int, n_iter: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ def window_attention_triton(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, W, heads, dim] and log-sum-exp [B, H, W, heads]."""
-    return local_forward(q, k, v, bias, *_axes(q, window, shift, grid), scale)
+    return local_forward(q, k, v, bias, *_axes(q, window, shift, grid), scale, kind="grid" if grid else "window")
 
 
 def window_attention_backward_triton(
@@ -43,5 +43,5 @@ def window_attention_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and of the bias; `into` names tensors that receive the first three."""
     axes = _axes(q, window, shift, grid)
-    grads = local_backward(grad, q, k, v, bias, out, lse, *axes, scale, into=into)
+    grads = local_backward(grad, q, k, v, bias, out, lse, *axes, scale, into=into, kind="grid" if grid else "window")
     return grads.q, grads.k, grads.v, grads.bias

@@ -241,7 +241,8 @@ def test_constructor_arguments() -> None:
     with pytest.raises(ValueError, match="border must be 'zero' or 'mask', got 'wrap'"):
         timm.create_model("zoo_halonet26t", border="wrap")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
-        timm.create_model("zoo_halonet26t", attn_backend="triton")(torch.randn(1, 3, 32, 32))
+        model = timm.create_model("zoo_halonet26t", attn_backend="triton").eval().double()
+        model(torch.randn(1, 3, 32, 32).double())
 
 
 def test_backends_agree() -> None:

@@ -198,7 +198,7 @@ def test_overrides() -> None:
     chosen.load_state_dict(reference.state_dict())
     torch.testing.assert_close(chosen(x), reference(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="'triton' cannot run"):
-        shrunken(attn_backend="triton")(x[:, :3])
+        shrunken(attn_backend="triton").double()(x[:, :3].double())
     with pytest.raises(TypeError):
         shrunken(no_such_argument=1)
 

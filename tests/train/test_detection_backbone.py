@@ -1,5 +1,8 @@
 """zoo.Backbone, its optimizer and published checkpoints, in detectors of mmdet."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from zoo.train.mmdet.checkpoints import adapt_backbone_keys
 from zoo.train.mmdet.digits_coco import CLASSES, DigitsCoco, build_digits_coco
 
 NAT = {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "embed_dim": 16, "kernel_size": 3, "out_indices": (0, 1, 2)}
+ROOT = Path(__file__).parents[2]
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"
 
 
@@ -33,6 +37,16 @@ def build(**kwargs: Any) -> Backbone:
     backbone = MODELS.build({"type": "zoo.Backbone", **kwargs})
     assert isinstance(backbone, Backbone)
     return backbone
+
+
+def test_the_import_alone_registers_everything() -> None:
+    script = (
+        "import mmengine.registry as r; import zoo.train.mmdet;"
+        "assert all((r.MODELS.get('zoo.Backbone'), r.DATASETS.get('zoo.SeededDataset'), r.LOOPS.get('zoo.TrainLoop'),"
+        "r.DATA_SAMPLERS.get('zoo.EpochBatchSampler'), r.METRICS.get('zoo.CocoMetric'),"
+        "r.OPTIM_WRAPPER_CONSTRUCTORS.get('zoo.LayerDecayOptimWrapperConstructor')))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 97, 131), (3, 64, 33), (2, 32, 32)])
@@ -285,12 +299,12 @@ def stock_config(root: Path, work_dir: Path) -> Config:
     config.custom_imports = {"imports": ["zoo.train.mmdet"]}
     config.model.backbone = {
         "type": "zoo.Backbone",
-        "name": "resnet50",
+        "name": "resnet14t",
         "out_indices": (1, 2, 3, 4),
         "frozen_stages": 1,
         "norm_eval": True,
     }
-    folder = build_digits_coco(root, DigitsCoco(canvas=64, train_images=4, val_images=2, size=(24, 40)))
+    folder = build_digits_coco(root, DigitsCoco(canvas=64, train_images=2, val_images=1, size=(24, 40)))
     for split, loader in (
         ("train", config.train_dataloader),
         ("val", config.val_dataloader),
@@ -308,6 +322,8 @@ def stock_config(root: Path, work_dir: Path) -> Config:
                 transform.scale = (64, 64)
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(folder / "annotations/val.json")
+    config.model.roi_head.bbox_head.num_classes = config.model.roi_head.mask_head.num_classes = len(CLASSES)
+    config.model.test_cfg.rcnn.score_thr = 0.0  # an untrained detector is sure of nothing
     config.train_cfg.max_epochs = 1
     config.work_dir = str(work_dir)
     config.log_level = "ERROR"
@@ -319,10 +335,10 @@ def test_stock_config_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     config = stock_config(tmp_path / "data", tmp_path / "work")
     runner = Runner.from_cfg(config)
     runner.train()
-    assert (runner.epoch, runner.iter) == (1, 2)
+    assert (runner.epoch, runner.iter) == (1, 1)
     config.train_cfg.max_epochs = 2
     config.resume, config.load_from = True, str(tmp_path / "work/epoch_1.pth")
     resumed = Runner.from_cfg(config)
     resumed.train()
-    assert (resumed.epoch, resumed.iter) == (2, 4)
-    assert any("segm_mAP" in key for key in resumed.message_hub.log_scalars)
+    assert (resumed.epoch, resumed.iter) == (2, 2)
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= resumed.val_loop.run().keys()

@@ -132,6 +132,17 @@ def test_engines_agree_on_random_predictions() -> None:
     assert results[0] == pytest.approx(results[1], abs=1e-12)
 
 
+def test_sizes_without_objects_have_no_precision() -> None:
+    for predictions in ([], found((1, 1, [60, 60, 5, 5], 0.9))):
+        result = coco_average_precision(truth((1, 1, BOX)), predictions)
+        assert {k: result[k] for k in ("mAP", "mAP_s", "mAP_m", "mAP_l")} == {
+            "mAP": 0,
+            "mAP_s": -1,
+            "mAP_m": 0,
+            "mAP_l": -1,
+        }
+
+
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(ValueError, match="engine is 'coco'"):
         coco_average_precision(truth((1, 1, BOX)), found((1, 1, BOX, 1.0)), engine="coco")

@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import training
 from training import RANDOM, assert_same_run, checkpoint, metrics, summary, train
 
-from zoo.train.app import EXIT_INTERRUPTED
+import zoo.runs as runs
+import zoo.train.engine as engine
+from zoo.train.app import EXIT_INTERRUPTED, main
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,9 +77,9 @@ def test_kill_at_random_moments(whole: Path, tmp_path: Path, seed: int) -> None:
     process = start(f"run_dir={run}", *training.TINY, "epochs=2", f"data.num_workers={seed % 2}", *OFTEN, *RANDOM)
     kills = 0
     while True:
-        target = step_of(run) + chance.randint(1, 8)
+        target = step_of(run) + chance.randint(1, 4)
         wait_until(process, lambda target=target: step_of(run) >= target)  # type: ignore[misc]
-        time.sleep(chance.random() * 0.3)
+        time.sleep(chance.random() * 0.03)  # a few updates at most, or a fast machine is through before two kills
         process.kill()
         out, _ = process.communicate()
         if process.returncode == 0:
@@ -84,8 +87,52 @@ def test_kill_at_random_moments(whole: Path, tmp_path: Path, seed: int) -> None:
         assert process.returncode == -signal.SIGKILL, out
         kills += 1
         process = start(f"resume={run}")
-    assert kills >= 2
+    assert kills >= 2, out
     assert_same_run(whole, run, ignore=(".config.data.num_workers",))
+
+
+def _killed_at(moment: int, run: Callable[[], int]) -> int:
+    """Run in a forked child that kills itself at its n-th file operation or micro-batch; its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = moment
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    code = 1
+    try:
+        for name in ("replace", "fsync", "link"):
+            setattr(runs.os, name, dying(getattr(os, name)))
+        engine.Trainer._backward = dying(engine.Trainer._backward)  # type: ignore[method-assign]
+        code = run()
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_kill_between_file_operations(tmp_path: Path, workers: int) -> None:
+    """Before the rename, the flush or the link of a checkpoint, and inside an update, many times in one run."""
+    argv = [*training.TINY, "epochs=2", "batch_size=256", "amp=bf16", "grad_accum=2", *OFTEN, *RANDOM]
+    assert main("train", [f"run_dir={tmp_path / 'whole'}", *argv]) == 0
+    run, chance = tmp_path / "run", random.Random(workers)
+    first = [f"run_dir={run}", *argv, f"data.num_workers={workers}"]
+    assert _killed_at(chance.randint(8, 30), lambda: main("train", first)) == -signal.SIGKILL
+    kills = 1
+    while (code := _killed_at(chance.randint(8, 30), lambda: main("train", [f"resume={run}"]))) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+        assert kills < 60
+    assert kills >= 3
+    assert_same_run(tmp_path / "whole", run, ignore=(".config.data.num_workers",))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

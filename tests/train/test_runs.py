@@ -126,6 +126,50 @@ def test_crash_at_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cr
     assert fallback[1]["step"] in ((2,) if finished else (1, 2))
 
 
+@pytest.mark.parametrize("kills", [1, 2, 3, 6])
+@pytest.mark.parametrize("crash_at", range(4))
+def test_killed_at_the_same_rename_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int, kills: int
+) -> None:
+    """Writers that die one after the other, such as between manifest and file, leave what was there verifiable."""
+    path = _write(tmp_path, 2)
+    real = os.replace
+
+    class Killed(BaseException):
+        pass
+
+    for attempt in range(kills):
+        left = crash_at
+
+        def dying(source: str, target: str) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            real(source, target)
+
+        monkeypatch.setattr(runs.os, "replace", dying)
+        with pytest.raises(Killed):
+            save_checkpoint(path, {"step": 3, "w": torch.full((7,), float(attempt))}, previous="previous.pt")
+        monkeypatch.setattr(runs.os, "replace", real)
+        found = newest_intact(tmp_path)
+        assert found is not None
+        assert found[0] == path
+        assert found[1]["step"] == 2
+        assert not found[2]
+        assert load_checkpoint(path.with_name("previous.pt"))["step"] == (2 if crash_at >= 2 else 1)
+    save_checkpoint(path, {"step": 3}, previous="previous.pt")
+    assert load_checkpoint(path)["step"] == 3
+    assert load_checkpoint(path.with_name("previous.pt"))["step"] == 2
+
+
+def test_damaged_file_does_not_push_out_its_fallback(tmp_path: Path) -> None:
+    path = _write(tmp_path, 3)
+    _flip(path)
+    save_checkpoint(path, {"step": 3}, previous="previous.pt")
+    assert load_checkpoint(path.with_name("previous.pt"))["step"] == 2
+
+
 def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path, 1)
 

@@ -58,7 +58,18 @@ _RESUME_KEYS = (
 )
 _RESUME_SECTIONS = ("checkpoint.", "logger.")
 # What an evaluation of a run may change.
-_EVAL_KEYS = ("eval", "run", "checkpoint_name", "out", "val_batch_size", "pictures", "threads", "debug", "log_every")
+_EVAL_KEYS = (
+    "eval",
+    "run",
+    "dry_run",
+    "checkpoint_name",
+    "out",
+    "val_batch_size",
+    "pictures",
+    "threads",
+    "debug",
+    "log_every",
+)
 _DRY_IMAGES = 4
 _STOCK_HOOKS = ("timer", "logger", "checkpoint")  # for mmdet's own tools; the run folder's hook stands in for them
 
@@ -127,7 +138,7 @@ def _merged(
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Keep the notices of mmengine and mmdet from the terminal; their log file has them."""
+    """Keep the notices of mmengine and mmdet from the terminal."""
     if debug:
         yield
         return

@@ -53,9 +53,8 @@ def coco_average_precision(
         raise ValueError(f"coco_average_precision: iou_type is {iou_type!r}; it takes 'bbox' or 'segm'")
     truth = ground_truth if isinstance(ground_truth, Mapping) else json.loads(Path(ground_truth).read_text())
     found = predictions if not isinstance(predictions, (str, Path)) else json.loads(Path(predictions).read_text())
-    if not found:
-        counted = {a["category_id"] for a in truth["annotations"] if not a.get("iscrowd")}
-        return dict.fromkeys(_STATS, 0.0 if counted else -1.0)
+    if not found:  # which neither package evaluates
+        return _nothing_found(truth)
     if engine == "faster_coco_eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as Evaluation
@@ -82,6 +81,17 @@ def coco_average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
     return _summarize(evaluation)
+
+
+def _nothing_found(truth: Mapping[str, Any]) -> dict[str, float]:
+    """Zero for every figure that has ground truth, -1 for the others."""
+    areas = [a["area"] for a in truth["annotations"] if not a.get("iscrowd")]
+    present = {
+        "s": any(v < 32**2 for v in areas),
+        "m": any(32**2 <= v < 96**2 for v in areas),
+        "l": any(v >= 96**2 for v in areas),
+    }
+    return {name: 0.0 if present.get(name[-1], bool(areas)) else -1.0 for name in _STATS}
 
 
 def _summarize(evaluation: Any) -> dict[str, float]:

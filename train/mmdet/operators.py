@@ -246,8 +246,8 @@ def _deform_geometry(
 
 
 def _modulated_geometry(
-    kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int,
-    group: int, deformable_group: int,
+    kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+    dilation_h: int, dilation_w: int, group: int, deformable_group: int,
 ) -> tuple[int, ...]:  # fmt: skip
     return stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
 

@@ -12,7 +12,7 @@ from zoo.runs import write_atomic
 
 __all__ = ["Gallery", "plot_detection_curves"]
 
-_SHOWN = 0.3  # predictions of a lower score are not drawn
+_SHOWN = 0.5  # predictions of a lower score are not drawn
 
 
 def _figure(**kwargs: Any) -> Any:

@@ -256,11 +256,7 @@ def _fit_pyramid(model: dict[str, Any], strides: list[int], scale: float | None)
 
 
 def _fit_transformer(model: dict[str, Any], cfg: DetectConfig) -> None:
-    """Let DINO's widths follow detector.channels, and its queries detector.proposals."""
-    channels = cfg.detector.channels
-    sizes = {"embed_dims": {256: channels}, "out_channels": {256: channels}, "num_feats": {128: channels // 2}}
-    _replace(model, sizes)
-    model["bbox_head"]["embed_dims"] = channels
+    """Let DINO's queries follow detector.proposals; its width is 256, which mmdet's positional encoding fixes."""
     if cfg.detector.proposals is not None:
         model["num_queries"] = cfg.detector.proposals
         model["test_cfg"]["max_per_img"] = min(model["test_cfg"]["max_per_img"], cfg.detector.proposals)

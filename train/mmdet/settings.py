@@ -44,7 +44,7 @@ class DetectorConfig:
     """Which of mmdet's detectors, and its sizes."""
 
     name: str = MISSING
-    channels: int = 256  # of neck and convolutional heads
+    channels: int = 256  # of neck and convolutional heads; DINO's is fixed
     fc_channels: int = 1024  # of the box heads of two-stage detectors
     anchor_scale: Optional[float] = None  # side of the square anchor in strides, where there are anchors; null: mmdet's
     proposals: Optional[int] = None  # per image, of two-stage detectors, or DINO's queries; null: mmdet's
