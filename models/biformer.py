@@ -137,14 +137,14 @@ class BiLevelRoutingAttention(nn.Module):
         if self.soft_routing:
             return self.attend_softly(q, k, v, topk)
         if torch.jit.is_scripting():
-            index = torch.ops.zoo.routing_index(q, k, rh, rw, topk, "cpu")
+            index = torch.ops.zoo.routing_index(q, k, rh, rw, topk, "auto")
         else:
             padding = "zero" if self.pad_keys else "none"
             index = routing_index(q, k, n, topk, padding=padding, backend=self.attn_backend)
         if self.kv_per_win > 0:
             k, v = self.pool(k), self.pool(v)
         if torch.jit.is_scripting():
-            out, _ = torch.ops.zoo.routing_attention(q, k, v, index, rh, rw, self.scale, "cpu")
+            out, _ = torch.ops.zoo.routing_attention(q, k, v, index, rh, rw, self.scale, "auto")
         else:
             out = routing_attention(
                 q, k, v, n, topk, scale=self.scale, index=index, padding=padding, backend=self.attn_backend

@@ -128,7 +128,7 @@ class HaloAttention(nn.Module):
         if torch.jit.is_scripting():
             out = torch.ops.zoo.halo_attention(
                 q, k, v, self.pos_embed.height_rel, self.pos_embed.width_rel,
-                self.block_size, self.halo_size, self.stride, self.mask_border, self.scale, "cpu",
+                self.block_size, self.halo_size, self.stride, self.mask_border, self.scale, "auto",
             )[0]  # fmt: skip
         else:
             out = halo_attention(

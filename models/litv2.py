@@ -112,7 +112,7 @@ class HiLo(nn.Module):
         self.head_dim = dim // num_heads
         self.window_size = window_size
         self.attn_backend = attn_backend
-        self.script_backend = attn_backend or "cpu"
+        self.script_backend = attn_backend or "auto"
         self.l_heads = num_heads if window_size == 1 else int(num_heads * alpha)
         self.h_heads = num_heads - self.l_heads
         l_dim, h_dim = self.l_heads * self.head_dim, self.h_heads * self.head_dim

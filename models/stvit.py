@@ -114,7 +114,7 @@ class StokenAttention(nn.Module):
         self.n_iter = n_iter
         self.scale = dim**-0.5
         self.attn_backend = attn_backend
-        self.script_backend = attn_backend or "cpu"
+        self.script_backend = attn_backend or "auto"
         self.stoken_refine = Attention(dim, num_heads, qkv_bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

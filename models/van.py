@@ -49,7 +49,7 @@ class LKA(nn.Module):
         if torch.jit.is_scripting():
             return torch.ops.zoo.large_kernel_attention(
                 x, self.conv0.weight, self.conv0.bias, self.conv_spatial.weight, self.conv_spatial.bias,
-                self.conv1.weight, self.conv1.bias, 3, "cpu",
+                self.conv1.weight, self.conv1.bias, 3, "auto",
             )[0]  # fmt: skip
         return large_kernel_attention(
             x,
