@@ -44,6 +44,12 @@ def resolve_backend(op: str, backend: str | None, x: Tensor, unavailable: dict[s
         ValueError: the name is no backend.
         RuntimeError: a named backend cannot run this call; the message gives the reason.
     """
+    transform = _differentiating_transform()
+    if transform is not None:
+        unavailable = {
+            **dict.fromkeys(("cpu", "triton"), f"{transform} works through the reference alone"),
+            **unavailable,
+        }
     if backend is None:
         preferred = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
         return preferred if preferred not in unavailable else "reference"
@@ -57,6 +63,16 @@ def resolve_backend(op: str, backend: str | None, x: Tensor, unavailable: dict[s
     if backend in reasons:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reasons[backend]}")
     return backend
+
+
+def _differentiating_transform() -> str | None:
+    """The transform around this call that registered ops do not support: they have a plain backward alone."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation (jvp)"  # the op would drop the tangent without a word
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return "torch.func.grad" if any("Grad" in str(level.key()) for level in levels) else None
 
 
 def without_triton(x: Tensor) -> dict[str, str]:

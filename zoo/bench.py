@@ -127,10 +127,11 @@ def _problems(batch: int) -> list[Problem]:
 def _candidates(kind: str, direction: str) -> list[Any]:
     from zoo.ops._local.tuning import Config
 
+    tiles: tuple[int, ...] = (32, 64, 128)
+    columns: tuple[int, ...] = (16,) if kind == "channel" else (32, 64, 128)
     if kind in ("neighborhood", "window", "grid", "halo"):
-        tiles, columns = (4, 8, 16), (32, 64, 128, 256) if direction == "forward" else (32, 64, 128)
-    else:
-        tiles, columns = (32, 64, 128), (16,) if kind == "channel" else (32, 64, 128)
+        tiles = (4, 8, 16)
+        columns = (32, 64, 128, 256) if direction == "forward" else columns
     return [Config(*c) for c in itertools.product(tiles, columns, (2, 4, 8), (1, 2, 3))]
 
 

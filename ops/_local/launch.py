@@ -17,6 +17,7 @@ from .tuning import Config
 __all__ = ["Relative", "local_backward", "local_forward"]
 
 _LOG2E = math.log2(math.e)
+_MOST_SPLITS = 32  # of the bias gradient: each holds a table of partial sums
 _INTERPRET = triton.knobs.runtime.interpret
 
 
@@ -322,7 +323,7 @@ def _bias_gradient(
     laid = layout.plan
     heads, classes = q.shape[3], laid.index.shape[0]
     work = q.shape[0] * laid.member_tiles.shape[0]
-    splits = max(1, min(32, -(-2048 // (heads * classes * layout.chunks)), work))
+    splits = max(1, min(_MOST_SPLITS, -(-2048 // (heads * classes * layout.chunks)), work))
     partial = torch.empty((splits, heads, *laid.index.shape), dtype=torch.float32, device=q.device)
     bias_gradient_kernel[(splits * classes * layout.chunks, heads)](
         q, k, v, grad, lse, delta, partial, table,

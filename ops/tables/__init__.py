@@ -1,1 +1,1 @@
-"""Tile configurations per GPU: `<name of the GPU>.json`, written by `zoo bench tune` and read by `ops/_local/tuning.py`."""
+"""Tile configurations per GPU, `<name of the GPU>.json`: `zoo bench tune` writes them, `ops/_local/tuning.py` reads."""

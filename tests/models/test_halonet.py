@@ -240,8 +240,8 @@ def test_constructor_arguments() -> None:
         timm.create_model("zoo_halonet26t", no_such=1)
     with pytest.raises(ValueError, match="border must be 'zero' or 'mask', got 'wrap'"):
         timm.create_model("zoo_halonet26t", border="wrap")
+    model = timm.create_model("zoo_halonet26t", attn_backend="triton").eval().double()
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
-        model = timm.create_model("zoo_halonet26t", attn_backend="triton").eval().double()
         model(torch.randn(1, 3, 32, 32).double())
 
 
