@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
 
 from . import cpu, reference
-from .layout import Pair, autocast_dtype, grid_size, no_autocast
+from .layout import Pair, autocast_dtype, grid_size
 
 __all__ = ["routing_attention", "routing_index"]
 
@@ -223,8 +223,7 @@ def _backward_impl(
         from .kernels import routing_backward_triton
 
         return routing_backward_triton(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
-    with no_autocast(q):  # the region of the loss may still be active
-        return cpu.backward(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
+    return cpu.backward(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
 
 
 def _backward_fake(
