@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "AxisPlan", "Lane", "Plan", "full_axis", "halo_axis", "neighborhood_axis", "plan", "window_axis"]
+__all__ = [
+    "Axis",
+    "AxisPlan",
+    "Lane",
+    "Plan",
+    "full_axis",
+    "halo_axis",
+    "neighborhood_axis",
+    "partitions",
+    "plan",
+    "window_axis",
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,8 @@ class Lane:
     """Positions offset, offset + step, ... of an axis, and the interval of lane positions that each query sees.
 
     keys: how many key positions the lane has; other than the number of queries where queries are strided.
-    query_cuts, key_cuts: positions that no tile reaches across, in ascending order.
+    query_cuts, key_cuts: where tiles end if they can, in ascending order.
+    one: a tile never holds what several cuts keep apart; without, it holds as much as fits.
     """
 
     offset: int
@@ -30,6 +42,7 @@ class Lane:
     keys: int
     query_cuts: tuple[int, ...] = ()
     key_cuts: tuple[int, ...] = ()
+    one: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def halo_axis(length: int, block: int, halo: int, stride: int) -> Axis:
     lo = tuple(s - halo for s in starts)
     hi = tuple(s + block + halo for s in starts)
     blocks = range(0, length, block)
-    return Axis(length, 1, (Lane(0, lo, hi, length, tuple(b // stride for b in blocks), tuple(blocks)),))
+    return Axis(length, 1, (Lane(0, lo, hi, length, tuple(b // stride for b in blocks), tuple(blocks), one=True),))
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def _plan_axis(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
     for lane in axis.lanes:
         queries = len(lane.lo)
         count = lane.keys if reverse else queries
-        for a, b in _runs(count, tile, lane.key_cuts if reverse else lane.query_cuts):
+        for a, b in _runs(count, tile, lane.key_cuts if reverse else lane.query_cuts, lane.one):
             if reverse:
                 seen = [p for p in range(queries) if lane.lo[p] < b and lane.hi[p] > a]
                 c0, c1 = (seen[0], seen[-1] + 1) if seen else (a, a)
@@ -140,14 +153,33 @@ def _plan_axis(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
     return AxisPlan(tile, box, tuple(tiles), tuple(k[1] for k in classes), tuple(k[2] for k in classes))
 
 
-def _runs(count: int, tile: int, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
-    """[0, count) in runs of at most `tile` that end at every cut."""
+def _runs(count: int, tile: int, cuts: tuple[int, ...], one: bool) -> list[tuple[int, int]]:
+    """[0, count) in runs of at most `tile` that end at cuts: at the next one, or at the last one that fits."""
     edges = sorted({0, count, *cuts})
-    return [
-        (a, min(a + tile, end))
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
-        for a in range(start, end, tile)
-    ]
+    runs = []
+    a = 0
+    while a < count:
+        following = [e for e in edges if e > a]
+        fitting = [e for e in following if e <= a + tile]
+        end = following[0] if one or not fitting else fitting[-1]
+        b = min(a + tile, end)
+        runs.append((a, b))
+        a = b
+    return runs
+
+
+@functools.lru_cache(maxsize=1024)
+def partitions(axis: Axis, tile: int) -> bool:
+    """Whether the boxes of an axis's tiles are apart and cover all keys: a key's queries are then all in one tile."""
+    for lane in axis.lanes:
+        end = 0
+        for a, b in _runs(len(lane.lo), tile, lane.query_cuts, lane.one):
+            if min(lane.lo[a:b]) != end:
+                return False
+            end = max(lane.hi[a:b])
+        if end != lane.keys:
+            return False
+    return True
 
 
 def _first(lane: Lane, key: int, c0: int, c1: int) -> int:
@@ -168,6 +200,7 @@ class Plan:
         after the last one (`slots`) stands for a pair that does not see each other.
     inverse: [slots, count] int64: where in a flat [classes, BLOCK_M, BLOCK_N] each slot stands; padded with the size.
     members: [classes + 1] int32 offsets into member_tiles [tiles] int32: the tiles of each class.
+    counts: how many tiles each class has.
     """
 
     axes: tuple[AxisPlan, AxisPlan]
@@ -180,6 +213,7 @@ class Plan:
     inverse: Tensor
     members: Tensor
     member_tiles: Tensor
+    counts: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=256)
@@ -236,6 +270,7 @@ def plan(
         _inverse(_only_rows(index, axes, slots), slots).to(device),
         put(torch.tensor(counts).cumsum(0)),
         put(order),
+        tuple(counts[1:]),
     )
 
 

@@ -1,42 +1,67 @@
 """Triton kernels of the local ops: a tile of rows against a box of columns, both passes and the bias gradient.
 
-Every kernel walks the same loop. A program owns one tile of one head and a run of images; the additive table of its
-class (bias, and -inf where a pair does not see each other) is loaded once when the box fits one block. Columns outside
-the map are loaded as zeros, so whether they enter the softmax (zero-key border) is the table's say,
-unless MASK leaves them out.
-Logits are kept in base 2: the scale and the table carry a factor log2(e).
+Every kernel walks the same loop. A program owns one tile of one head and a run of images. The additive table of its
+class (bias, and -inf where a pair does not see each other) holds all there is to know of borders: columns outside the
+map are loaded as zeros, so whether they enter the softmax (zero-key border) is the table's say, unless MASK leaves
+them out. Logits are kept in base 2. With FOLD the table comes divided by the scale and the product is accumulated
+onto it, which saves an instruction a logit; without, the scale comes first. Offsets inside an image are 32 bits wide
+unless WIDE.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["bias_gradient_kernel", "columns_kernel", "forward_kernel", "rows_kernel"]
+from zoo.ops._triton import load
+
+__all__ = ["bias_gradient_kernel", "columns_kernel", "fold_kernel", "forward_kernel", "rows_kernel", "square_kernel"]
+
+_RUNTIME = ["batch", "groups", "images"]  # a last, smaller batch must not compile anew
 
 
 @triton.jit
 def _tile(tiles_ptr, index):
     """First row, rows, first column, columns, class of a tile."""
     base = tiles_ptr + index * 5
-    return tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 3), tl.load(base + 4)
+    return tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 4)
 
 
 @triton.jit
-def _load(ptr, offsets, mask, UPCAST: tl.constexpr):
-    x = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+def _rows(m, first_h, first_w, count_h, count_w, step_h, step_w, TILE_W: tl.constexpr, WIDE: tl.constexpr):
+    """Map position of a tile's row m, and whether the tile has that row."""
+    i = m // TILE_W
+    j = m % TILE_W
+    r = first_h + i * step_h
+    c = first_w + j * step_w
+    if WIDE:
+        r = r.to(tl.int64)
+        c = c.to(tl.int64)
+    return r, c, (i < count_h) & (j < count_w)
 
 
 @triton.jit
-def _columns(n, first_h, first_w, step_h, step_w, height, width, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+def _columns(
+    n, first_h, first_w, step_h, step_w, height, width, BOX_H: tl.constexpr, BOX_W: tl.constexpr, WIDE: tl.constexpr
+):
     """Map position of box column n, whether it is on the map, and its place in the box."""
     i = n // BOX_W
     j = n % BOX_W
     r = first_h + i * step_h
     c = first_w + j * step_w
     inside = (i < BOX_H) & (r >= 0) & (r < height) & (c >= 0) & (c < width)
+    if WIDE:
+        r = r.to(tl.int64)
+        c = c.to(tl.int64)
     return r, c, inside, i, j
+
+
+@triton.jit
+def _logits(a, b, table, scale, FOLD: tl.constexpr):
+    """a . b, scaled and with the table added; times `scale` once more where FOLD."""
+    if FOLD:
+        s = tl.dot(a, tl.trans(b), table, input_precision="ieee")
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale + table
+    return s
 
 
 @triton.jit
@@ -48,6 +73,44 @@ def _relative(rel_h_ptr, rel_w_ptr, position, i, j, mask, WIN_H: tl.constexpr, W
 
 
 @triton.jit
+def _attend(
+    q, k_image, v_image, table, held, top, total, acc, start, first_h, first_w,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale,
+    rel_h_ptr, rel_w_ptr, position, valid_m,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block of keys enters the running softmax (top, total, acc)."""
+    m = tl.arange(0, BLOCK_M)
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    r, c, inside, i, j = _columns(n, first_h, first_w, step_h, step_w, height, width, BOX_H, BOX_W, WIDE)
+    k_row = r * k_sh + c * k_sw
+    v_row = k_row if SAME_KV else r * v_sh + c * v_sw
+    k = load(k_image, k_row[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
+    v = load(v_image, v_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
+    if BLOCK_N == COLUMNS:
+        s = _logits(q, k, held, scale, FOLD)
+    else:
+        s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
+    if WIN_H > 0:
+        pair = valid_m[:, None] & ((i < BOX_H) & (i < WIN_H))[None, :]
+        s += _relative(rel_h_ptr, rel_w_ptr, position[:, None], i[None, :], j[None, :], pair, WIN_H, WIN_W)
+    if MASK:
+        s = tl.where(inside[None, :], s, float("-inf"))
+    final = scale if FOLD else 1.0  # what is left to multiply logits with
+    new_top = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top) * final
+    p = tl.exp2(s * final - safe[:, None])
+    keep = tl.exp2(top * final - safe)
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
+    return new_top, total * keep + tl.sum(p, 1), acc
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
     tiles_h_ptr, tiles_w_ptr,
@@ -57,80 +120,120 @@ def forward_kernel(
     table_heads, scale, groups, images,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WIN_H: tl.constexpr, WIN_W: tl.constexpr,
-    MASK: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """o, lse: softmax over the box, rows are queries."""
     program = tl.program_id(0)
-    head = tl.cast(tl.program_id(1), tl.int64)
+    head = tl.program_id(1)
     tile = program // groups
     group = program % groups
-    r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-    s0, rows_w, c0_w, columns_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
+    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
 
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    mi = m // TILE_W
-    mj = m % TILE_W
-    valid_m = (mi < rows_h) & (mj < rows_w)
-    qr = (r0 + mi * q_step_h).to(tl.int64)
-    qc = (s0 + mj * q_step_w).to(tl.int64)
+    qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
     mask_q = valid_m[:, None] & (d[None, :] < D)
-    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * BLOCK_N * CHUNKS)
-    table += m[:, None] * (BLOCK_N * CHUNKS)
-    if CHUNKS == 1:
-        held = tl.load(table + n[None, :])
+    mask_o = valid_m[:, None] & (e[None, :] < DV)
+    q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
+    position = (qr * q_width + qc) * heads + head
+    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
+    held = 0.0
+    if BLOCK_N == COLUMNS:
+        held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    final = scale if FOLD else 1.0
+    head64 = tl.cast(head, tl.int64)
+    map_size = tl.cast(q_height, tl.int64) * q_width * heads
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
-        q_offset = b * q_sb + qr * q_sh + qc * q_sw + head * q_sn
-        q = _load(q_ptr, q_offset[:, None] + d[None, :], mask_q, UPCAST)
-        position = ((b * q_height + qr) * q_width + qc) * heads + head
+        q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
+        k_image = k_ptr + (b * k_sb + head64 * k_sn)
+        v_image = v_ptr + (b * v_sb + head64 * v_sn)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        for chunk in range(CHUNKS):
-            kr, kc, inside, i, j = _columns(
-                chunk * BLOCK_N + n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W
-            )
-            kr = kr.to(tl.int64)
-            kc = kc.to(tl.int64)
-            k_offset = b * k_sb + kr * k_sh + kc * k_sw + head * k_sn
-            k = _load(k_ptr, k_offset[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            if CHUNKS == 1:
-                s += held
-            else:
-                s += tl.load(table + (chunk * BLOCK_N + n)[None, :])
-            if WIN_H > 0:
-                pair = valid_m[:, None] & ((i < BOX_H) & (i < WIN_H))[None, :]
-                s += _relative(rel_h_ptr, rel_w_ptr, position[:, None], i[None, :], j[None, :], pair, WIN_H, WIN_W)
-            if MASK:
-                s = tl.where(inside[None, :], s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, 1))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(s - safe[:, None])
-            keep = tl.exp2(top - safe)
-            total = total * keep + tl.sum(p, 1)
-            v_offset = b * v_sb + kr * v_sh + kc * v_sw + head * v_sn
-            v = _load(v_ptr, v_offset[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
-            acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            top = new_top
-        o = acc / total[:, None]
-        o_offset = position * DV
-        tl.store(
-            o_ptr + o_offset[:, None] + e[None, :],
-            o.to(o_ptr.dtype.element_ty),
-            mask=valid_m[:, None] & (e[None, :] < DV),
-        )
-        tl.store(lse_ptr + position, (top + tl.log2(total)) * 0.6931471805599453, mask=valid_m)
+        if UNROLL:
+            for chunk in tl.static_range(CHUNKS):
+                top, total, acc = _attend(
+                    q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
+                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W,
+                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                )  # fmt: skip
+        else:
+            for chunk in range(CHUNKS):
+                top, total, acc = _attend(
+                    q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
+                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W,
+                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                )  # fmt: skip
+        if TAIL > 0:
+            top, total, acc = _attend(
+                q, k_image, v_image, table, held, top, total, acc, CHUNKS * BLOCK_N, c0_h, c0_w,
+                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
+                rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, WIN_H, WIN_W,
+                SAME_KV, MASK, FOLD, WIDE, UPCAST,
+            )  # fmt: skip
+        o = acc * (1.0 / total)[:, None]
+        o_offset = (position * DV)[:, None] + e[None, :]
+        tl.store(o_ptr + b * map_size * DV + o_offset, o.to(o_ptr.dtype.element_ty), mask=mask_o)
+        tl.store(lse_ptr + b * map_size + position, (top * final + tl.log2(total)) * 0.6931471805599453, mask=valid_m)
 
 
 @triton.jit
+def _attend_backward(
+    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, start, first_h, first_w,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale,
+    rel_h_ptr, rel_w_ptr, position, valid_m,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    WIN_H: tl.constexpr, WIN_W: tl.constexpr, BLOCK_WIN: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What one block of keys adds to dq and to the gradients of the relative logits."""
+    m = tl.arange(0, BLOCK_M)
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    r, c, inside, i, j = _columns(n, first_h, first_w, step_h, step_w, height, width, BOX_H, BOX_W, WIDE)
+    k_row = r * k_sh + c * k_sw
+    v_row = k_row if SAME_KV else r * v_sh + c * v_sw
+    k = load(k_image, k_row[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
+    v = load(v_image, v_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
+    if BLOCK_N == COLUMNS:
+        s = _logits(q, k, held, scale, FOLD)
+    else:
+        s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
+    if WIN_H > 0:
+        pair = valid_m[:, None] & ((i < BOX_H) & (i < WIN_H))[None, :]
+        s += _relative(rel_h_ptr, rel_w_ptr, position[:, None], i[None, :], j[None, :], pair, WIN_H, WIN_W)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    final = scale if FOLD else 1.0
+    p = tl.exp2(s * final - lse[:, None])
+    if MASK:
+        p = tl.where(inside[None, :], p, 0.0)
+    ds = p * (dp - delta[:, None])
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if WIN_H > 0:
+        w = tl.arange(0, BLOCK_WIN)
+        on_row = (i[:, None] == w[None, :]).to(tl.float32)
+        on_column = ((j[:, None] == w[None, :]) & (i < BOX_H)[:, None]).to(tl.float32)
+        drel_h = tl.dot(ds, on_row, drel_h, input_precision="ieee")
+        drel_w = tl.dot(ds, on_column, drel_w, input_precision="ieee")
+    return dq, drel_h, drel_w
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, table_ptr,
     rel_h_ptr, rel_w_ptr, drel_h_ptr, drel_w_ptr, tiles_h_ptr, tiles_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -139,97 +242,138 @@ def rows_kernel(
     table_heads, scale, groups, images,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WIN_H: tl.constexpr, WIN_W: tl.constexpr, BLOCK_WIN: tl.constexpr,
-    MASK: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    WIN_H: tl.constexpr, WIN_W: tl.constexpr, BLOCK_WIN: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta = sum(o * do), and the gradients of the relative logits; rows are queries."""
+    """dq, the stats that the other passes read, and the gradients of the relative logits; rows are queries.
+
+    stats[query] = (log-sum-exp in base 2, delta = sum(o * do)).
+    """
     program = tl.program_id(0)
-    head = tl.cast(tl.program_id(1), tl.int64)
+    head = tl.program_id(1)
     tile = program // groups
     group = program % groups
-    r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-    s0, rows_w, c0_w, columns_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
+    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
 
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    mi = m // TILE_W
-    mj = m % TILE_W
-    valid_m = (mi < rows_h) & (mj < rows_w)
-    qr = (r0 + mi * q_step_h).to(tl.int64)
-    qc = (s0 + mj * q_step_w).to(tl.int64)
+    qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
     mask_q = valid_m[:, None] & (d[None, :] < D)
     mask_o = valid_m[:, None] & (e[None, :] < DV)
-    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * BLOCK_N * CHUNKS)
-    table += m[:, None] * (BLOCK_N * CHUNKS)
-    if CHUNKS == 1:
-        held = tl.load(table + n[None, :])
+    q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
+    do_offset = (qr * do_sh + qc * do_sw)[:, None] + e[None, :]
+    dq_offset = (qr * dq_sh + qc * dq_sw)[:, None] + d[None, :]
+    position = (qr * q_width + qc) * heads + head
+    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
+    held = 0.0
+    if BLOCK_N == COLUMNS:
+        held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    head64 = tl.cast(head, tl.int64)
+    map_size = tl.cast(q_height, tl.int64) * q_width * heads
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
-        q_offset = b * q_sb + qr * q_sh + qc * q_sw + head * q_sn
-        q = _load(q_ptr, q_offset[:, None] + d[None, :], mask_q, UPCAST)
-        position = ((b * q_height + qr) * q_width + qc) * heads + head
-        do_offset = b * do_sb + qr * do_sh + qc * do_sw + head * do_sn
-        do = _load(do_ptr, do_offset[:, None] + e[None, :], mask_o, UPCAST)
-        o = tl.load(o_ptr + (position * DV)[:, None] + e[None, :], mask=mask_o, other=0.0)
+        q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
+        do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, mask_o, UPCAST)
+        o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(delta_ptr + position, delta, mask=valid_m)
-        lse = tl.load(lse_ptr + position, mask=valid_m, other=0.0) * 1.4426950408889634
+        # rows that are not there: p = exp2(-inf) = 0
+        lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf")) * 1.4426950408889634
+        stats = stats_ptr + 2 * b * map_size + 2 * position
+        tl.store(stats, lse, mask=valid_m)
+        tl.store(stats + 1, delta, mask=valid_m)
+        k_image = k_ptr + (b * k_sb + head64 * k_sn)
+        v_image = v_ptr + (b * v_sb + head64 * v_sn)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        drel_h = tl.zeros([BLOCK_M, BLOCK_WIN], tl.float32)
+        drel_w = tl.zeros([BLOCK_M, BLOCK_WIN], tl.float32)
+        if UNROLL:
+            for chunk in tl.static_range(CHUNKS):
+                dq, drel_h, drel_w = _attend_backward(
+                    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N, c0_h, c0_w,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
+                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, BLOCK_WIN,
+                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                )  # fmt: skip
+        else:
+            for chunk in range(CHUNKS):
+                dq, drel_h, drel_w = _attend_backward(
+                    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N, c0_h, c0_w,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
+                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, BLOCK_WIN,
+                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                )  # fmt: skip
+        if TAIL > 0:
+            dq, drel_h, drel_w = _attend_backward(
+                q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, CHUNKS * BLOCK_N, c0_h, c0_w,
+                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
+                rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, WIN_H, WIN_W, BLOCK_WIN,
+                SAME_KV, MASK, FOLD, WIDE, UPCAST,
+            )  # fmt: skip
+        dq = dq * (scale * 0.6931471805599453)
+        tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
         if WIN_H > 0:
             w = tl.arange(0, BLOCK_WIN)
-            drel_h = tl.zeros([BLOCK_M, BLOCK_WIN], tl.float32)
-            drel_w = tl.zeros([BLOCK_M, BLOCK_WIN], tl.float32)
-        for chunk in range(CHUNKS):
-            kr, kc, inside, i, j = _columns(
-                chunk * BLOCK_N + n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W
-            )
-            kr = kr.to(tl.int64)
-            kc = kc.to(tl.int64)
-            k_offset = b * k_sb + kr * k_sh + kc * k_sw + head * k_sn
-            k = _load(k_ptr, k_offset[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
-            v_offset = b * v_sb + kr * v_sh + kc * v_sw + head * v_sn
-            v = _load(v_ptr, v_offset[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            if CHUNKS == 1:
-                s += held
-            else:
-                s += tl.load(table + (chunk * BLOCK_N + n)[None, :])
-            if WIN_H > 0:
-                pair = valid_m[:, None] & ((i < BOX_H) & (i < WIN_H))[None, :]
-                s += _relative(rel_h_ptr, rel_w_ptr, position[:, None], i[None, :], j[None, :], pair, WIN_H, WIN_W)
-            p = tl.exp2(s - lse[:, None])
-            if MASK:
-                p = tl.where(inside[None, :], p, 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            ds = tl.where(valid_m[:, None], p * (dp - delta[:, None]), 0.0)
-            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-            if WIN_H > 0:
-                drel_h += tl.dot(ds, (i[:, None] == w[None, :]).to(tl.float32), input_precision="ieee")
-                drel_w += tl.dot(
-                    ds, ((j[:, None] == w[None, :]) & (i < BOX_H)[:, None]).to(tl.float32), input_precision="ieee"
-                )
-        dq = dq * (scale * 0.6931471805599453)
-        dq_offset = b * dq_sb + qr * dq_sh + qc * dq_sw + head * dq_sn
-        tl.store(dq_ptr + dq_offset[:, None] + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
-        if WIN_H > 0:
-            tl.store(
-                drel_h_ptr + (position * WIN_H)[:, None] + w[None, :],
-                drel_h,
-                mask=valid_m[:, None] & (w[None, :] < WIN_H),
-            )
-            tl.store(
-                drel_w_ptr + (position * WIN_W)[:, None] + w[None, :],
-                drel_w,
-                mask=valid_m[:, None] & (w[None, :] < WIN_W),
-            )
+            where = b * map_size + position
+            inside_h = valid_m[:, None] & (w[None, :] < WIN_H)
+            inside_w = valid_m[:, None] & (w[None, :] < WIN_W)
+            tl.store(drel_h_ptr + (where * WIN_H)[:, None] + w[None, :], drel_h, mask=inside_h)
+            tl.store(drel_w_ptr + (where * WIN_W)[:, None] + w[None, :], drel_w, mask=inside_w)
 
 
 @triton.jit
+def _attended_backward(
+    k, v, q_image, do_image, stats_image, table, held, dk, dv, start, first_h, first_w,
+    step_h, step_w, height, width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
+    rel_h_ptr, rel_w_ptr, image, kr, kc, valid_m,
+    win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    WIN_H: tl.constexpr, WIN_W: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What one block of queries adds to dk and dv."""
+    m = tl.arange(0, BLOCK_M)
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    two = tl.arange(0, 2)
+    r, c, inside, row, column = _columns(n, first_h, first_w, step_h, step_w, height, width, BOX_H, BOX_W, WIDE)
+    position = (r * width + c) * heads + head
+    q_row = r * q_sh + c * q_sw
+    do_row = r * do_sh + c * do_sw
+    q = load(q_image, q_row[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
+    do = load(do_image, do_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
+    # both stats in one load, half the addresses; the table leaves out columns that are not there
+    lse, delta = tl.split(load(stats_image, (2 * position)[:, None] + two[None, :], inside[:, None], False))
+    if BLOCK_N == COLUMNS:
+        s = _logits(k, q, held, scale, FOLD)
+    else:
+        s = _logits(k, q, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
+    if WIN_H > 0:
+        top = r.to(tl.int32) * win_stride_h // win_block_h * win_block_h - win_halo_h
+        left = c.to(tl.int32) * win_stride_w // win_block_w * win_block_w - win_halo_w
+        i = kr.to(tl.int32)[:, None] - top[None, :]
+        j = kc.to(tl.int32)[:, None] - left[None, :]
+        pair = valid_m[:, None] & inside[None, :] & (i >= 0) & (i < WIN_H) & (j >= 0) & (j < WIN_W)
+        s += _relative(rel_h_ptr, rel_w_ptr, (image + position)[None, :], i, j, pair, WIN_H, WIN_W)
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    final = scale if FOLD else 1.0
+    p = tl.exp2(s * final - lse[None, :])
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def columns_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
     tiles_h_ptr, tiles_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -238,134 +382,228 @@ def columns_kernel(
     table_heads, scale, groups, images, win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, WIN_H: tl.constexpr, WIN_W: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv: rows are keys and columns are the queries that may see them."""
     program = tl.program_id(0)
-    head = tl.cast(tl.program_id(1), tl.int64)
+    head = tl.program_id(1)
     tile = program // groups
     group = program % groups
-    r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-    s0, rows_w, c0_w, columns_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
+    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
 
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    mi = m // TILE_W
-    mj = m % TILE_W
-    valid_m = (mi < rows_h) & (mj < rows_w)
-    kr = (r0 + mi * k_step_h).to(tl.int64)
-    kc = (s0 + mj * k_step_w).to(tl.int64)
+    kr, kc, valid_m = _rows(m, r0, s0, rows_h, rows_w, k_step_h, k_step_w, TILE_W, WIDE)
     mask_k = valid_m[:, None] & (d[None, :] < D)
     mask_v = valid_m[:, None] & (e[None, :] < DV)
-    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * BLOCK_N * CHUNKS)
-    table += m[:, None] * (BLOCK_N * CHUNKS)
-    if CHUNKS == 1:
-        held = tl.load(table + n[None, :])
+    k_offset = (kr * k_sh + kc * k_sw)[:, None] + d[None, :]
+    v_offset = (kr * v_sh + kc * v_sw)[:, None] + e[None, :]
+    dk_offset = (kr * dk_sh + kc * dk_sw)[:, None] + d[None, :]
+    dv_offset = (kr * dv_sh + kc * dv_sw)[:, None] + e[None, :]
+    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
+    held = 0.0
+    if BLOCK_N == COLUMNS:
+        held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    head64 = tl.cast(head, tl.int64)
+    map_size = tl.cast(q_height, tl.int64) * q_width * heads
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
-        k_offset = b * k_sb + kr * k_sh + kc * k_sw + head * k_sn
-        k = _load(k_ptr, k_offset[:, None] + d[None, :], mask_k, UPCAST)
-        v_offset = b * v_sb + kr * v_sh + kc * v_sw + head * v_sn
-        v = _load(v_ptr, v_offset[:, None] + e[None, :], mask_v, UPCAST)
+        k = load(k_ptr + (b * k_sb + head64 * k_sn), k_offset, mask_k, UPCAST)
+        v = load(v_ptr + (b * v_sb + head64 * v_sn), v_offset, mask_v, UPCAST)
+        q_image = q_ptr + (b * q_sb + head64 * q_sn)
+        do_image = do_ptr + (b * do_sb + head64 * do_sn)
+        stats_image = stats_ptr + 2 * b * map_size
         dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        for chunk in range(CHUNKS):
-            qr, qc, inside, row, column = _columns(
-                chunk * BLOCK_N + n, c0_h, c0_w, q_step_h, q_step_w, q_height, q_width, BOX_H, BOX_W
-            )
-            if WIN_H > 0:
-                i = kr.to(tl.int32)[:, None] - (qr * win_stride_h // win_block_h * win_block_h - win_halo_h)[None, :]
-                j = kc.to(tl.int32)[:, None] - (qc * win_stride_w // win_block_w * win_block_w - win_halo_w)[None, :]
-            qr = qr.to(tl.int64)
-            qc = qc.to(tl.int64)
-            position = ((b * q_height + qr) * q_width + qc) * heads + head
-            q_offset = b * q_sb + qr * q_sh + qc * q_sw + head * q_sn
-            q = _load(q_ptr, q_offset[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
-            do_offset = b * do_sb + qr * do_sh + qc * do_sw + head * do_sn
-            do = _load(do_ptr, do_offset[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
-            lse = tl.load(lse_ptr + position, mask=inside, other=0.0) * 1.4426950408889634
-            delta = tl.load(delta_ptr + position, mask=inside, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-            if CHUNKS == 1:
-                s += held
-            else:
-                s += tl.load(table + (chunk * BLOCK_N + n)[None, :])
-            if WIN_H > 0:
-                pair = valid_m[:, None] & inside[None, :] & (i >= 0) & (i < WIN_H) & (j >= 0) & (j < WIN_W)
-                s += _relative(rel_h_ptr, rel_w_ptr, position[None, :], i, j, pair, WIN_H, WIN_W)
-            p = tl.where(inside[None, :], tl.exp2(s - lse[None, :]), 0.0)
-            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+        if UNROLL:
+            for chunk in tl.static_range(CHUNKS):
+                dk, dv = _attended_backward(
+                    k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
+                    q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
+                    rel_h_ptr, rel_w_ptr, b * map_size, kr, kc, valid_m,
+                    win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, FOLD, WIDE, UPCAST,
+                )  # fmt: skip
+        else:
+            for chunk in range(CHUNKS):
+                dk, dv = _attended_backward(
+                    k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
+                    q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
+                    rel_h_ptr, rel_w_ptr, b * map_size, kr, kc, valid_m,
+                    win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, FOLD, WIDE, UPCAST,
+                )  # fmt: skip
+        if TAIL > 0:
+            dk, dv = _attended_backward(
+                k, v, q_image, do_image, stats_image, table, held, dk, dv, CHUNKS * BLOCK_N, c0_h, c0_w,
+                q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
+                rel_h_ptr, rel_w_ptr, b * map_size, kr, kc, valid_m,
+                win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, WIN_H, WIN_W, FOLD, WIDE, UPCAST,
+            )  # fmt: skip
         dk = dk * (scale * 0.6931471805599453)
-        dk_offset = b * dk_sb + kr * dk_sh + kc * dk_sw + head * dk_sn
-        tl.store(dk_ptr + dk_offset[:, None] + d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
-        dv_offset = b * dv_sb + kr * dv_sh + kc * dv_sw + head * dv_sn
-        tl.store(dv_ptr + dv_offset[:, None] + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
+        tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
+        tl.store(dv_ptr + (b * dv_sb + head64 * dv_sn) + dv_offset, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
+
+
+@triton.jit(do_not_specialize=["batch", "share"])
+def square_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, table_ptr,
+    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
+    dq_sb, dq_sh, dq_sw, dq_sn, dk_sb, dk_sh, dk_sw, dk_sn, dv_sb, dv_sh, dv_sw, dv_sn,
+    table_heads, scale, share,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr, SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv and the sums of ds where the keys of a box are seen from its tile alone, and one block holds them.
+
+    A program walks the images and tiles of its segment, as bias_gradient_kernel does.
+    """
+    segment = tl.program_id(0)
+    head = tl.program_id(1)
+    kind = tl.load(segments_ptr + 2 * segment)
+    part = tl.load(segments_ptr + 2 * segment + 1)
+    member = tl.load(members_ptr + kind)
+    end = min((part + 1) * share, (tl.load(members_ptr + kind + 1) - member) * batch)
+
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, COLUMNS)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    place = (m * COLUMNS)[:, None] + n[None, :]
+    table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS) + place)
+    final = scale if FOLD else 1.0
+    head64 = tl.cast(head, tl.int64)
+    map_size = tl.cast(q_height, tl.int64) * q_width * heads
+    if BIAS:
+        acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
+        tile = tl.load(member_tiles_ptr + member + turn)
+        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
+        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+        columns_h = tl.load(tiles_h_ptr + tile // n_tiles_w * 5 + 3)
+        columns_w = tl.load(tiles_w_ptr + tile % n_tiles_w * 5 + 3)
+        qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
+        kr, kc, inside, i, j = _columns(n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W, WIDE)
+        inside &= (i < columns_h) & (j < columns_w)  # what else the box holds belongs to other tiles
+        mask_q = valid_m[:, None] & (d[None, :] < D)
+        mask_o = valid_m[:, None] & (e[None, :] < DV)
+        mask_k = inside[:, None] & (d[None, :] < D)
+        mask_v = inside[:, None] & (e[None, :] < DV)
+        position = (qr * q_width + qc) * heads + head
+        q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
+        do_offset = (qr * do_sh + qc * do_sw)[:, None] + e[None, :]
+        dq_offset = (qr * dq_sh + qc * dq_sw)[:, None] + d[None, :]
+        k_row = kr * k_sh + kc * k_sw
+        v_row = k_row if SAME_KV else kr * v_sh + kc * v_sw
+        dk_offset = (kr * dk_sh + kc * dk_sw)[:, None] + d[None, :]
+        dv_offset = (kr * dv_sh + kc * dv_sw)[:, None] + e[None, :]
+        for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
+            b = tl.cast(image, tl.int64)
+            q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
+            k = load(k_ptr + (b * k_sb + head64 * k_sn), k_row[:, None] + d[None, :], mask_k, UPCAST)
+            v = load(v_ptr + (b * v_sb + head64 * v_sn), v_row[:, None] + e[None, :], mask_v, UPCAST)
+            do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, mask_o, UPCAST)
+            o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
+            lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf")) * 1.4426950408889634
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            s = _logits(q, k, table, scale, FOLD)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            p = tl.exp2(s * final - lse[:, None])
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            if BIAS:
+                acc += ds
+            low = ds.to(q.dtype)
+            dq = tl.dot(low, k, input_precision="ieee") * (scale * 0.6931471805599453)
+            dk = tl.dot(tl.trans(low), q, input_precision="ieee") * (scale * 0.6931471805599453)
+            tl.store(dv_ptr + (b * dv_sb + head64 * dv_sn) + dv_offset, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
+            tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
+            tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
+    if BIAS:
+        out = (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * COLUMNS)
+        tl.store(partial_ptr + out + place, acc)
+
+
+@triton.jit(do_not_specialize=["batch", "share"])
+def bias_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, partial_ptr, table_ptr,
+    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
+    table_heads, scale, share, start,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
+    SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """partial[segment, head, row, column]: ds summed in a fixed order over a share of one class's tiles and images.
+
+    segments[segment] = (class, which share of it). The columns are the CHUNKS blocks of BLOCK_N from `start` on.
+    """
+    segment = tl.program_id(0) // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
+    head = tl.program_id(1)
+    kind = tl.load(segments_ptr + 2 * segment)
+    part = tl.load(segments_ptr + 2 * segment + 1)
+    member = tl.load(members_ptr + kind)
+    end = min((part + 1) * share, (tl.load(members_ptr + kind + 1) - member) * batch)
+
+    m = tl.arange(0, BLOCK_M)
+    n = start + chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    place = (m * COLUMNS)[:, None] + n[None, :]
+    table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS) + place)
+    final = scale if FOLD else 1.0
+    head64 = tl.cast(head, tl.int64)
+    map_size = tl.cast(q_height, tl.int64) * q_width * heads
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
+        tile = tl.load(member_tiles_ptr + member + turn)
+        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
+        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+        qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
+        position = (qr * q_width + qc) * heads + head
+        q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
+        do_offset = (qr * do_sh + qc * do_sw)[:, None] + e[None, :]
+        kr, kc, inside, row, column = _columns(n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W, WIDE)
+        k_row = kr * k_sh + kc * k_sw
+        v_row = k_row if SAME_KV else kr * v_sh + kc * v_sw
+        for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
+            b = tl.cast(image, tl.int64)
+            q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, valid_m[:, None] & (d[None, :] < D), UPCAST)
+            do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, valid_m[:, None] & (e[None, :] < DV), UPCAST)
+            k_image = k_ptr + (b * k_sb + head64 * k_sn)
+            v_image = v_ptr + (b * v_sb + head64 * v_sn)
+            k = load(k_image, k_row[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
+            v = load(v_image, v_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
+            stats = stats_ptr + 2 * b * map_size + 2 * position
+            lse = tl.load(stats, mask=valid_m, other=float("inf"))
+            delta = tl.load(stats + 1, mask=valid_m, other=0.0)
+            s = _logits(q, k, table, scale, FOLD)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            p = tl.exp2(s * final - lse[:, None])
+            acc += p * (dp - delta[:, None])
+    out = (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * COLUMNS)
+    tl.store(partial_ptr + out + place, acc)
 
 
 @triton.jit
-def bias_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, partial_ptr, table_ptr,
-    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
-    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
-    table_heads, scale, splits,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """partial[split, head, class, row, column]: ds summed in a fixed order over a share of a class's tiles."""
-    program = tl.program_id(0)
-    head = tl.cast(tl.program_id(1), tl.int64)
-    chunk = program % CHUNKS
-    kind = program // CHUNKS % n_classes
-    split = program // CHUNKS // n_classes
-    first = tl.load(members_ptr + kind)
-    count = tl.load(members_ptr + kind + 1) - first
-    work = count * batch
-    share = (work + splits - 1) // splits
-
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    mi = m // TILE_W
-    mj = m % TILE_W
-    place = m[:, None] * (BLOCK_N * CHUNKS) + (chunk * BLOCK_N + n)[None, :]
-    table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * BLOCK_N * CHUNKS) + place)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for item in range(split * share, min((split + 1) * share, work)):
-        tile = tl.load(member_tiles_ptr + first + item % count)
-        b = tl.cast(item // count, tl.int64)
-        r0, rows_h, c0_h, columns_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-        s0, rows_w, c0_w, columns_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
-        valid_m = (mi < rows_h) & (mj < rows_w)
-        qr = (r0 + mi * q_step_h).to(tl.int64)
-        qc = (s0 + mj * q_step_w).to(tl.int64)
-        position = ((b * q_height + qr) * q_width + qc) * heads + head
-        q_offset = b * q_sb + qr * q_sh + qc * q_sw + head * q_sn
-        q = _load(q_ptr, q_offset[:, None] + d[None, :], valid_m[:, None] & (d[None, :] < D), UPCAST)
-        do_offset = b * do_sb + qr * do_sh + qc * do_sw + head * do_sn
-        do = _load(do_ptr, do_offset[:, None] + e[None, :], valid_m[:, None] & (e[None, :] < DV), UPCAST)
-        lse = tl.load(lse_ptr + position, mask=valid_m, other=0.0) * 1.4426950408889634
-        delta = tl.load(delta_ptr + position, mask=valid_m, other=0.0)
-        kr, kc, inside, row, column = _columns(
-            chunk * BLOCK_N + n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W
-        )
-        kr = kr.to(tl.int64)
-        kc = kc.to(tl.int64)
-        k_offset = b * k_sb + kr * k_sh + kc * k_sw + head * k_sn
-        k = _load(k_ptr, k_offset[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
-        v_offset = b * v_sb + kr * v_sh + kc * v_sw + head * v_sn
-        v = _load(v_ptr, v_offset[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + table
-        p = tl.exp2(s - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        acc += tl.where(valid_m[:, None], p * (dp - delta[:, None]), 0.0)
-    out = ((split * heads + head) * n_classes + kind).to(tl.int64) * (BLOCK_M * BLOCK_N * CHUNKS)
-    tl.store(partial_ptr + out + place, acc)
+def fold_kernel(partial_ptr, starts_ptr, out_ptr, heads, out_sn, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[head, class]: the segments of a class, added in their order."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kind = tl.program_id(1)
+    head = tl.program_id(2)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for segment in range(tl.load(starts_ptr + kind), tl.load(starts_ptr + kind + 1)):
+        acc += tl.load(partial_ptr + (tl.cast(segment, tl.int64) * heads + head) * SIZE + place)
+    tl.store(out_ptr + tl.cast(head, tl.int64) * out_sn + kind * SIZE + place, acc)

@@ -9,16 +9,26 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.ops._triton import LOG2E, fits_int32, unit, upcast
+
 from . import tuning
-from .geometry import Axis, Plan, plan
-from .kernels import bias_gradient_kernel, columns_kernel, forward_kernel, rows_kernel
+from .geometry import Axis, Plan, partitions, plan
+from .kernels import (
+    bias_gradient_kernel,
+    columns_kernel,
+    fold_kernel,
+    forward_kernel,
+    rows_kernel,
+    square_kernel,
+)
 from .tuning import Config
 
 __all__ = ["Relative", "local_backward", "local_forward"]
 
-_LOG2E = math.log2(math.e)
-_MOST_SPLITS = 32  # of the bias gradient: each holds a table of partial sums
-_INTERPRET = triton.knobs.runtime.interpret
+_PARTIALS = 1024  # blocks of partial sums of the bias gradient, and the programs that make them
+_SQUARE = 8  # side of a tile
+_MOST_UNROLLED = 6  # blocks of columns: their addresses are then computed once for all images, for some code
+_PROGRAMS = 2048  # what keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,30 @@ class Relative:
     stride: tuple[int, int]
 
 
-def _configs(dim: int, area: int) -> list[Config]:
-    """The heuristic, the best first; the later ones need less shared memory."""
-    whole = max(16, triton.next_power_of_2(area))
-    first = Config(8, whole, 8, 1) if whole <= 256 and dim <= 64 else Config(8, 64, 4, 2)
-    if whole <= 64 and dim <= 64:
-        first = Config(8, whole, 4, 1)
-    return [first, Config(8, 32, 4, 2), Config(8, 32, 4, 1), Config(4, 32, 4, 1), Config(4, 16, 2, 1)]
+@functools.lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor; a Hopper's where there is no GPU to ask."""
+    if device.type != "cuda":
+        return 228 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_multiprocessor", 0)) or 64 * 1024
+
+
+def _configs(q: Tensor, v: Tensor, area: int) -> list[Config]:
+    """The heuristic, the best first; the later ones need less shared memory.
+
+    Tiles of 64 rows and 4 warps: with more, a product of 64 rows is computed twice. Loads run an image ahead where two
+    programs still share a multiprocessor.
+    """
+    columns = min(64, max(16, triton.next_power_of_2(area)))
+    small = min(columns, 32)
+    width = (area if area <= 64 * _MOST_UNROLLED else columns) + 64  # columns that an image loads, and the tile's rows
+    ahead = 2 * width * (q.shape[-1] + v.shape[-1]) * q.element_size() + 64 * columns * 4
+    stages = 2 if 2 * ahead <= _shared_memory(q.device) else 1
+    configs = [Config(8, columns, 4, 2)] if stages == 2 else []
+    return [
+        *configs, Config(8, columns, 4, 1), Config(8, small, 4, 1), Config(4, small, 4, 1), Config(4, 16, 2, 1)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ class _Layout:
     plan: Plan
     block_n: int
     chunks: int
+    tail: int
     tile_w: int
     box: tuple[int, int]
 
@@ -64,38 +92,50 @@ def _tile(config: Config, height: Axis) -> tuple[int, int]:
 def _layout(
     height: Axis, width: Axis, config: Config, bias_size: tuple[int, int] | None, reverse: bool, device: torch.device
 ) -> _Layout:
+    """Columns in blocks of config.columns; what is left over goes into one smaller block of its own."""
     tile = _tile(config, height)
-    laid = plan(height, width, tile, bias_size, reverse, 1, device)
-    block_n = min(config.columns, max(16, triton.next_power_of_2(laid.block_n)))
-    laid = plan(height, width, tile, bias_size, reverse, block_n, device)
-    return _Layout(laid, block_n, laid.block_n // block_n, tile[1], (laid.axes[0].box, laid.axes[1].box))
+    area = plan(height, width, tile, bias_size, reverse, 1, device).block_n
+    block_n = min(config.columns, max(16, triton.next_power_of_2(area)))
+    chunks, rest = divmod(area, block_n)
+    tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+    if tail == block_n:
+        chunks, tail = chunks + 1, 0
+    laid = plan(height, width, tile, bias_size, reverse, chunks * block_n + tail, device)
+    return _Layout(laid, block_n, chunks, tail, tile[1], (laid.axes[0].box, laid.axes[1].box))
 
 
 def _area(height: Axis, width: Axis, reverse: bool) -> int:
-    laid = plan(height, width, _tile(Config(8, 0, 0, 0), height), None, reverse, 1, torch.device("cpu"))
+    laid = plan(height, width, _tile(Config(_SQUARE, 0, 0, 0), height), None, reverse, 1, torch.device("cpu"))
     return laid.block_n
 
 
-def _table(layout: _Layout, bias: Tensor | None) -> Tensor:
-    """[heads or 1, classes, BLOCK_M, BLOCK_N]: bias in base 2 where a pair sees each other, -inf elsewhere."""
+def _folds(scale: float, relative: Relative | None) -> bool:
+    """Whether the table may come divided by the scale. Relative logits would have to be divided as well."""
+    return relative is None and 2**-20 < scale < 2**20
+
+
+def _table(layout: _Layout, bias: Tensor | None, scale: float, fold: bool) -> Tensor:
+    """[heads or 1, classes, BLOCK_M, BLOCK_N]: bias where a pair sees each other, -inf elsewhere.
+
+    In base 2, or divided by the scale where the kernel multiplies with it afterwards.
+    """
     index = layout.plan.index
-    flat = index.new_zeros((1, 1), dtype=torch.float32) if bias is None else bias.flatten(1).float() * _LOG2E
+    if bias is None:
+        flat = index.new_zeros((1, 1), dtype=torch.float32)
+    else:
+        flat = bias.flatten(1).float() * (1 / scale if fold else LOG2E)
     flat = torch.cat([flat, flat.new_full((flat.shape[0], 1), -math.inf)], 1)
     return flat.index_select(1, index.flatten()).view(flat.shape[0], *index.shape)
 
 
 def _images(batch: int, tiles: int, heads: int) -> int:
     """Images a program walks over: as many as leave some thousand programs."""
-    return max(1, min(batch, batch * tiles * heads // 2048))
+    return max(1, min(batch, batch * tiles * heads // _PROGRAMS))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
     """Element strides of batch, row, column and head; the last axis has unit stride."""
     return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, height: Axis, width: Axis) -> dict[str, Any]:
@@ -124,7 +164,10 @@ def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, height: A
         "BOX_W": layout.box[1],
         "BLOCK_N": layout.block_n,
         "CHUNKS": layout.chunks,
-        "UPCAST": _INTERPRET and q.dtype == torch.bfloat16,
+        "TAIL": layout.tail,
+        "COLUMNS": layout.plan.block_n,
+        "UNROLL": layout.chunks <= _MOST_UNROLLED,
+        "UPCAST": upcast(q.dtype),
     }
 
 
@@ -181,24 +224,26 @@ def local_forward(
     Returns:
         The output [B, H, W, heads, dim_v] in q's dtype, and the log-sum-exp [B, H, W, heads] in float32.
     """
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = unit(q), unit(k), unit(v)
     batch, heads = q.shape[0], q.shape[3]
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
-    configs = _configs(max(q.shape[-1], v.shape[-1]), _area(height, width, False))
+    configs = _configs(q, v, _area(height, width, False))
+
+    common = _numerics(q, k, v, out, scale=scale, relative=relative)
 
     def run(config: Config) -> None:
         layout = _layout(height, width, config, bias_size, False, q.device)
-        table = _table(layout, bias)
+        table = _table(layout, bias, scale, common["FOLD"])
         grid, groups, images = _grid(layout, batch, heads)
         forward_kernel[grid](
             q, k, v, out, lse, table, *_relative_tensors(relative, q),
             **_shape_arguments(q, k, v, layout, height, width), **_stride_arguments(q=q, k=k, v=v),
-            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0], scale=scale * _LOG2E,
-            groups=groups, images=images, **_windows(relative), MASK=mask,
+            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
+            groups=groups, images=images, **_windows(relative), MASK=mask, SAME_KV=_same(k, v), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -208,6 +253,15 @@ def local_forward(
 
 def _relative_tensors(relative: Relative | None, q: Tensor) -> tuple[Tensor, Tensor]:
     return (q, q) if relative is None else (relative.height, relative.width)
+
+
+def _numerics(*tensors: Tensor, scale: float, relative: Relative | None) -> dict[str, Any]:
+    return {"scale": scale * LOG2E, "FOLD": _folds(scale, relative), "WIDE": not fits_int32(*tensors)}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether one offset inside an image serves both."""
+    return a.stride()[1:3] == b.stride()[1:3]
 
 
 def _windows(relative: Relative | None) -> dict[str, int]:
@@ -245,54 +299,79 @@ def local_backward(
     kind: str = "local",
 ) -> Gradients:
     """Gradients of local_forward; `into` names tensors (views of one packed gradient, say) to write dq, dk, dv to."""
-    q, k, v, grad, out = _unit(q), _unit(k), _unit(v), _unit(grad), out.contiguous()
+    q, k, v, grad, out = unit(q), unit(k), unit(v), unit(grad), out.contiguous()
     batch, heads = q.shape[0], q.shape[3]
     dq, dk, dv = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dbias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
     drel = None if relative is None else (torch.empty_like(relative.height), torch.empty_like(relative.width))
     if out.numel() == 0:
         return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dbias, drel)
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp in base 2, and sum(out * grad)
     bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
-    dim = max(q.shape[-1], v.shape[-1])
     axes = (height, width)
+    common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale, relative=relative)
+    fold = common["FOLD"]
 
     def rows(config: Config) -> None:
         layout = _layout(height, width, config, bias_size, False, q.device)
-        table = _table(layout, bias)
+        table = _table(layout, bias, scale, fold)
         grid, groups, images = _grid(layout, batch, heads)
         windows = _windows(relative)
         rows_kernel[grid](
-            q, k, v, out, grad, lse, delta, dq, table, *_relative_tensors(relative, q), *(drel or (q, q)),
+            q, k, v, out, grad, lse, stats, dq, table, *_relative_tensors(relative, q), *(drel or (q, q)),
             **_shape_arguments(q, k, v, layout, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq),
-            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0], scale=scale * _LOG2E,
-            groups=groups, images=images, **windows, MASK=mask,
+            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
+            groups=groups, images=images, **windows, MASK=mask, SAME_KV=_same(k, v), **common,
             BLOCK_WIN=max(16, triton.next_power_of_2(max(windows.values()))),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if bias is not None and dbias is not None:
-            _bias_gradient(layout, config, table, dbias, q, k, v, grad, lse, delta, height, width, scale)
+            _bias_gradient(layout, config, table, dbias, q, k, v, grad, stats, height, width, common)
 
     def columns(config: Config) -> None:
         layout = _layout(height, width, config, bias_size, True, q.device)
-        table = _table(layout, bias)
+        table = _table(layout, bias, scale, fold)
         grid, groups, images = _grid(layout, batch, heads)
         columns_kernel[grid](
-            q, k, v, grad, lse, delta, dk, dv, table, *_relative_tensors(relative, q),
+            q, k, v, grad, stats, dk, dv, table, *_relative_tensors(relative, q),
             **_shape_arguments(q, k, v, layout, height, width),
             **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
-            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0], scale=scale * _LOG2E,
-            groups=groups, images=images, **_windows(relative), **_window_rule(relative),
+            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
+            groups=groups, images=images, **_windows(relative), **_window_rule(relative), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    _launch(kind, "rows", q, v, axes, bias_size, _backward_configs(dim, _area(height, width, False)), rows)
-    _launch(kind, "columns", q, v, axes, bias_size, _backward_configs(dim, _area(height, width, True)), columns)
+    def square(config: Config) -> None:
+        config = replace(config, tile=_SQUARE, columns=_SQUARE**2)
+        layout = _layout(height, width, config, bias_size, False, q.device)
+        table = _table(layout, bias, scale, fold)
+        share, segments, starts = _segments_of(layout, batch, heads, q.device)
+        partial = _partial(layout, segments, heads, bias is not None)
+        shape = _shape_arguments(q, k, v, layout, height, width)
+        for unused in ("TAIL", "UNROLL", "CHUNKS", "BLOCK_N"):
+            del shape[unused]
+        square_kernel[(segments.shape[0], heads)](
+            q, k, v, out, grad, lse, dq, dk, dv, partial, table, **shape,
+            **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq, dk=dk, dv=dv),
+            members_ptr=layout.plan.members, member_tiles_ptr=layout.plan.member_tiles, segments_ptr=segments,
+            table_heads=table.shape[0], share=share, BIAS=bias is not None, SAME_KV=_same(k, v), **common,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if dbias is not None:
+            _fold(layout, partial, starts, dbias)
+
+    area = _area(height, width, False)
+    if relative is None and not mask and area <= _SQUARE**2 and _partitioned(height, width):
+        _launch(kind, "square", q, v, axes, bias_size, _configs(q, v, area), square)
+    else:
+        _launch(kind, "rows", q, v, axes, bias_size, _configs(q, v, area), rows)
+        _launch(kind, "columns", q, v, axes, bias_size, _configs(q, v, _area(height, width, True)), columns)
     return Gradients(dq, dk, dv, dbias, drel)
 
 
-def _backward_configs(dim: int, area: int) -> list[Config]:
-    return [replace(c, columns=min(c.columns, 64), stages=1) for c in _configs(dim, area)]
+def _partitioned(height: Axis, width: Axis) -> bool:
+    tile = _tile(Config(_SQUARE, 0, 0, 0), height)
+    return partitions(height, tile[0]) and partitions(width, tile[1])
 
 
 def _window_rule(relative: Relative | None) -> dict[str, int]:
@@ -304,6 +383,21 @@ def _window_rule(relative: Relative | None) -> dict[str, int]:
     }
 
 
+@functools.lru_cache(maxsize=1024)
+def _segments(counts: tuple[int, ...], batch: int, most: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
+    """How many (tile, image) pairs a program sums, [segments, 2] (class, share of it), and each class's first segment.
+
+    counts: tiles per class. Every segment has as much to do as the next; there are at most `most`, one a class or more.
+    """
+    share = max(1, -(-sum(counts) * batch // most))
+    while sum(-(-count * batch // share) for count in counts) > max(most, len(counts)):
+        share += 1
+    parts = [-(-count * batch // share) for count in counts]
+    rows = [(kind, part) for kind, n in enumerate(parts) for part in range(n)]
+    starts = torch.tensor([0, *parts]).cumsum(0)
+    return share, torch.tensor(rows, dtype=torch.int32).to(device), starts.int().to(device)
+
+
 def _bias_gradient(
     layout: _Layout,
     config: Config,
@@ -313,25 +407,48 @@ def _bias_gradient(
     k: Tensor,
     v: Tensor,
     grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    stats: Tensor,
     height: Axis,
     width: Axis,
-    scale: float,
+    common: dict[str, Any],
 ) -> None:
     """Sum ds per tile class in a fixed order, then gather what each bias entry received."""
     laid = layout.plan
-    heads, classes = q.shape[3], laid.index.shape[0]
-    work = q.shape[0] * laid.member_tiles.shape[0]
-    splits = max(1, min(_MOST_SPLITS, -(-2048 // (heads * classes * layout.chunks)), work))
-    partial = torch.empty((splits, heads, *laid.index.shape), dtype=torch.float32, device=q.device)
-    bias_gradient_kernel[(splits * classes * layout.chunks, heads)](
-        q, k, v, grad, lse, delta, partial, table,
-        **{n: a for n, a in _shape_arguments(q, k, v, layout, height, width).items()},
-        **_stride_arguments(q=q, k=k, v=v, do=grad),
-        members_ptr=laid.members, member_tiles_ptr=laid.member_tiles,
-        table_heads=table.shape[0], scale=scale * _LOG2E, splits=splits,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    flat = torch.cat([partial.sum(0).flatten(1), partial.new_zeros(heads, 1)], 1)
-    dbias.copy_(flat[:, laid.inverse].sum(-1).view_as(dbias))
+    share, segments, starts = _segments_of(layout, q.shape[0], q.shape[3], q.device)
+    partial = _partial(layout, segments, q.shape[3], True)
+    shape = _shape_arguments(q, k, v, layout, height, width)
+    for unused in ("TAIL", "UNROLL"):
+        del shape[unused]
+    for start, chunks, block in ((0, layout.chunks, layout.block_n), (layout.chunks * layout.block_n, 1, layout.tail)):
+        if block == 0:
+            continue
+        bias_gradient_kernel[(segments.shape[0] * chunks, q.shape[3])](
+            q, k, v, grad, stats, partial, table, **{**shape, "CHUNKS": chunks, "BLOCK_N": block},
+            **_stride_arguments(q=q, k=k, v=v, do=grad),
+            members_ptr=laid.members, member_tiles_ptr=laid.member_tiles, segments_ptr=segments,
+            table_heads=table.shape[0], share=share, start=start, SAME_KV=_same(k, v), **common,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    _fold(layout, partial, starts, dbias)
+
+
+def _segments_of(layout: _Layout, batch: int, heads: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
+    blocks = layout.chunks + (layout.tail > 0)
+    return _segments(layout.plan.counts, batch, max(1, _PARTIALS // (heads * blocks)), device)
+
+
+def _partial(layout: _Layout, segments: Tensor, heads: int, bias: bool) -> Tensor:
+    shape = (segments.shape[0], heads, *layout.plan.index.shape[1:])
+    return torch.empty(shape if bias else (1,), dtype=torch.float32, device=segments.device)
+
+
+def _fold(layout: _Layout, partial: Tensor, starts: Tensor, dbias: Tensor) -> None:
+    """Add the segments of every class, then what every bias entry received."""
+    heads, size, classes = partial.shape[1], partial[0, 0].numel(), len(layout.plan.counts)
+    folded = partial.new_empty(heads, classes * size + 1)
+    folded[:, -1] = 0  # for bias entries that receive less than others
+    block = min(1024, size & -size)
+    fold_kernel[(size // block, classes, heads)](
+        partial, starts, folded, heads, folded.stride(0), SIZE=size, BLOCK=block
+    )
+    dbias.copy_(folded[:, layout.plan.inverse].sum(-1).view_as(dbias))

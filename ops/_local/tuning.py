@@ -55,7 +55,7 @@ class Key:
 
 Table = dict[Key, Config]
 _FORCED: dict[tuple[str, str], Config] = {}
-_OBSERVERS: list[dict[Key, None]] = []
+_OBSERVERS: list[Table] = []
 _FITTED: dict[tuple[Any, ...], int] = {}
 
 
@@ -74,8 +74,6 @@ def launch(
         ValueError: the table of this GPU is malformed.
         OutOfResources: not even the last configuration fits.
     """
-    for seen in _OBSERVERS:
-        seen.setdefault(problem)
     configs = _configs(problem, tuple(heuristic), gpu_name(device))
     memory = (problem, shape, device, configs)
     for i in range(_FITTED.get(memory, 0), len(configs)):
@@ -86,6 +84,8 @@ def launch(
                 raise
             continue
         _FITTED[memory] = i
+        for seen in _OBSERVERS:
+            seen.setdefault(problem, configs[i])
         return
 
 
@@ -185,9 +185,9 @@ def forced(kind: str, direction: str, config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observed() -> Iterator[dict[Key, None]]:
-    """Collect the keys of the launches inside the block, in order."""
-    seen: dict[Key, None] = {}
+def observed() -> Iterator[Table]:
+    """Collect the keys of the launches inside the block, in order, and the configuration that each ran first."""
+    seen: Table = {}
     _OBSERVERS.append(seen)
     try:
         yield seen

@@ -108,19 +108,20 @@ def _checked(
     require(min(x.shape[1:]) > 0, f"{name}: only the batch may be empty, got shape {tuple(x.shape)}")
     window = _pair(name, "window_size", window_size)
     offset = _pair(name, "shift", shift)
-    require(min(window) > 0, f"{name}: window_size must be positive, got {window_size}")
-    require(
-        all(0 <= s < w for s, w in zip(offset, window, strict=True)),
-        f"{name}: shift must be at least 0 and below window_size {window}, got {shift}",
-    )
-    require(not (grid and any(offset)), f"{name}: shift must be 0 when grid is True, got {shift}")
+    # messages are made where they are needed: torch 2.11 cannot trace one of a dynamic size
+    if min(window) <= 0:
+        raise ValueError(f"{name}: window_size must be positive, got {window_size}")
+    if any(s < 0 or s >= w for s, w in zip(offset, window, strict=True)):
+        raise ValueError(f"{name}: shift must be at least 0 and below window_size {window}, got {shift}")
+    if grid and any(offset):
+        raise ValueError(f"{name}: shift must be 0 when grid is True, got {shift}")
     if bias is not None:
         shape = (heads, 2 * window[0] - 1, 2 * window[1] - 1)
-        require(
-            tuple(bias.shape) == shape,
-            f"{name}: bias must be [heads, 2 * window_height - 1, 2 * window_width - 1] = {shape}, "
-            f"got {tuple(bias.shape)}",
-        )
+        if tuple(bias.shape) != shape:
+            raise ValueError(
+                f"{name}: bias must be [heads, 2 * window_height - 1, 2 * window_width - 1] = {shape}, "
+                f"got {tuple(bias.shape)}"
+            )
         require(bias.is_floating_point(), f"{name}: bias must be floating point, got {bias.dtype}")
         require(bias.device == x.device, f"{name}: bias must be on the device {x.device}, got {bias.device}")
     return window, offset, resolve_scale(scale, x.shape[-1])

@@ -14,7 +14,10 @@ from zoo.ops._local.geometry import halo_axis, neighborhood_axis, window_axis
 from zoo.ops._local.launch import Relative, local_backward, local_forward
 
 MODULES = {
-    "zoo.ops._local.launch": ["forward_kernel", "rows_kernel", "columns_kernel", "bias_gradient_kernel"],
+    "zoo.ops._local.launch": [
+        "forward_kernel", "rows_kernel", "columns_kernel", "bias_gradient_kernel", "fold_kernel",
+        "square_kernel",
+    ],
     "zoo.ops.routing.kernels": ["_forward_kernel", "_dq_kernel", "_dkv_kernel"],
     "zoo.ops.channel.kernels": ["_product_kernel", "_apply_kernel"],
     "zoo.ops.super_token.kernels": ["_affinity_kernel", "_aggregate_kernel", "_spread_kernel"],
@@ -39,8 +42,9 @@ def run(dtype: torch.dtype) -> None:
         local_backward(out, q, k, v, bias, out, lse, axis, axis, 0.2)
     q, k, v = maps(2, 32)
     axis = window_axis(28, 7, 3, False)
-    out, lse = local_forward(q, k, v, None, axis, axis, 0.2)
-    local_backward(out, q, k, v, None, out, lse, axis, axis, 0.2)
+    for bias in (None, torch.randn(2, 13, 13)):
+        out, lse = local_forward(q, k, v, bias, axis, axis, 0.2)
+        local_backward(out, q, k, v, bias, out, lse, axis, axis, 0.2)
 
     q, k, v = maps(2, 16, 32)
     axis = halo_axis(32, 8, 3, 1)

@@ -35,13 +35,18 @@ class _Recorder:
             fn = self.kernel
             options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
             bound = {**dict(zip(fn.arg_names, args, strict=False)), **kwargs}
-            constants = {p.name: bound[p.name] for p in fn.params if p.is_constexpr}
+            free = {p.name for p in fn.params if p.do_not_specialize}
+            # what the real launcher specializes on: ones, aligned pointers and multiples of 16
+            constants = {
+                p.name: bound[p.name]
+                for p in fn.params
+                if p.is_constexpr or (p.name not in free and type(bound[p.name]) is int and bound[p.name] == 1)
+            }
             signature = {n: "constexpr" if n in constants else _type(bound[n]) for n in fn.arg_names}
-            # what the real launcher specializes on: aligned pointers and multiples of 16
             attributes = {
                 (fn.arg_names.index(n),): [["tt.divisibility", 16]]
                 for n, v in bound.items()
-                if n not in constants and (isinstance(v, Tensor) or (isinstance(v, int) and v % 16 == 0 and v))
+                if n not in constants and n not in free and (isinstance(v, Tensor) or (type(v) is int and v % 16 == 0))
             }
             source = ASTSource(
                 fn, signature, constexprs={(fn.arg_names.index(n),): v for n, v in constants.items()}, attrs=attributes
