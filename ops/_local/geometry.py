@@ -112,7 +112,9 @@ def halo_axis(length: int, block: int, halo: int, stride: int) -> Axis:
     lo = tuple(s - halo for s in starts)
     hi = tuple(s + block + halo for s in starts)
     blocks = range(0, length, block)
-    return Axis(length, 1, (Lane(0, lo, hi, length, tuple(b // stride for b in blocks), tuple(blocks), one=True),))
+    # keys from the middle of a block to the middle of the next are seen from these two, whole blocks from three
+    keys = range(block // 2, length, block) if 2 * halo <= block else blocks
+    return Axis(length, 1, (Lane(0, lo, hi, length, tuple(b // stride for b in blocks), tuple(keys), one=True),))
 
 
 @dataclass(frozen=True)

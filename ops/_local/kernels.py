@@ -65,21 +65,74 @@ def _logits(a, b, table, scale, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _relative(rel_h_ptr, rel_w_ptr, position, i, j, mask, WIN_H: tl.constexpr, WIN_W: tl.constexpr):
-    """Relative-position logits of (query, key) pairs: one row term and one column term."""
-    height = tl.load(rel_h_ptr + position * WIN_H + i, mask=mask, other=0.0)
-    width = tl.load(rel_w_ptr + position * WIN_W + j, mask=mask, other=0.0)
-    return (height + width).to(tl.float32) * 1.4426950408889634
+def _add(s, x, picks):
+    """s + x . picks, where picks are zeros and ones: x in two parts, so that a half precision loses little of it."""
+    high = x.to(picks.dtype)
+    s = tl.dot(high, picks, s, input_precision="ieee")
+    if picks.dtype != tl.float32:
+        s = tl.dot((x - high.to(tl.float32)).to(picks.dtype), picks, s)
+    return s
+
+
+@triton.jit
+def _add_left(s, picks, x):
+    """s + picks . x, likewise."""
+    high = x.to(picks.dtype)
+    s = tl.dot(picks, high, s, input_precision="ieee")
+    if picks.dtype != tl.float32:
+        s = tl.dot(picks, (x - high.to(tl.float32)).to(picks.dtype), s)
+    return s
+
+
+@triton.jit
+def _table(
+    ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr
+):
+    """[BLOCK_R, BLOCK_D]: the embeddings of the 2 WINDOW - 1 relative positions."""
+    r = tl.arange(0, BLOCK_R)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return load(ptr, r * D + d, (r < 2 * WINDOW - 1) & (d < D), UPCAST)
+
+
+@triton.jit
+def _window_logits(q, embeddings, place, factor, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[rows, BLOCK_W]: what each window place adds to the logits of a query that stands at `place` of its block."""
+    product = tl.dot(q, tl.trans(embeddings), input_precision="ieee") * factor
+    where = tl.arange(0, BLOCK_W)[None, :] - place[:, None] + (WINDOW - 1)
+    return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 1)
+
+
+@triton.jit
+def _by_embedding(dlogits, place, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[rows, BLOCK_R]: gradients of window logits, sorted by relative position; the reverse of _window_logits."""
+    where = tl.arange(0, BLOCK_R)[None, :] + place[:, None] - (WINDOW - 1)
+    picked = tl.gather(dlogits, tl.minimum(tl.maximum(where, 0), BLOCK_W - 1), 1)
+    return tl.where((where >= 0) & (where < WINDOW), picked, 0.0)
+
+
+@triton.jit
+def _key_logits(
+    q, embeddings, position, first, factor,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T, columns]: what keys first, first + 1, ... of an axis add to the logits of queries at `position`.
+
+    Blocks have QUERIES queries and KEYS keys.
+    """
+    product = tl.dot(embeddings, tl.trans(q), input_precision="ieee") * factor
+    key = first + tl.arange(0, BLOCK_T)[:, None]
+    origin = position // QUERIES * KEYS + position % QUERIES - (KEYS + 3 * HALO - 1)
+    where = key - origin[None, :]
+    return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 0)
 
 
 @triton.jit
 def _attend(
     q, k_image, v_image, table, held, top, total, acc, start, first_h, first_w,
-    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale,
-    rel_h_ptr, rel_w_ptr, position, valid_m,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of keys enters the running softmax (top, total, acc)."""
@@ -96,9 +149,11 @@ def _attend(
         s = _logits(q, k, held, scale, FOLD)
     else:
         s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
-    if WIN_H > 0:
-        pair = valid_m[:, None] & ((i < BOX_H) & (i < WIN_H))[None, :]
-        s += _relative(rel_h_ptr, rel_w_ptr, position[:, None], i[None, :], j[None, :], pair, WIN_H, WIN_W)
+    w = tl.arange(0, BLOCK_W)
+    if REL_H:
+        s = _add(s, rel_h, (w[:, None] == i[None, :]).to(k.dtype))
+    if REL_W:
+        s = _add(s, rel_w, (w[:, None] == j[None, :]).to(k.dtype))
     if MASK:
         s = tl.where(inside[None, :], s, float("-inf"))
     final = scale if FOLD else 1.0  # what is left to multiply logits with
@@ -121,7 +176,8 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
-    WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+    QUERIES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """o, lse: softmax over the box, rows are queries."""
@@ -147,10 +203,21 @@ def forward_kernel(
     final = scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
+    factor = 1.4426950408889634 / final  # of logits that the scale does not concern
+    rel_h = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    rel_w = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    if REL_H:
+        embeddings_h = _table(rel_h_ptr, D, BLOCK_D, REL_H, BLOCK_R, UPCAST)
+    if REL_W:
+        embeddings_w = _table(rel_w_ptr, D, BLOCK_D, REL_W, BLOCK_R, UPCAST)
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
         q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
+        if REL_H:
+            rel_h = _window_logits(q, embeddings_h, qr.to(tl.int32) % QUERIES, factor, REL_H, BLOCK_W, BLOCK_R)
+        if REL_W:
+            rel_w = _window_logits(q, embeddings_w, qc.to(tl.int32) % QUERIES, factor, REL_W, BLOCK_W, BLOCK_R)
         k_image = k_ptr + (b * k_sb + head64 * k_sn)
         v_image = v_ptr + (b * v_sb + head64 * v_sn)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -160,26 +227,23 @@ def forward_kernel(
             for chunk in tl.static_range(CHUNKS):
                 top, total, acc = _attend(
                     q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
-                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 top, total, acc = _attend(
                     q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
-                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             top, total, acc = _attend(
                 q, k_image, v_image, table, held, top, total, acc, CHUNKS * BLOCK_N, c0_h, c0_w,
-                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
-                rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, WIN_H, WIN_W,
+                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL_H, REL_W, BLOCK_W,
                 SAME_KV, MASK, FOLD, WIDE, UPCAST,
             )  # fmt: skip
         o = acc * (1.0 / total)[:, None]
@@ -191,11 +255,10 @@ def forward_kernel(
 @triton.jit
 def _attend_backward(
     q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, start, first_h, first_w,
-    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale,
-    rel_h_ptr, rel_w_ptr, position, valid_m,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    WIN_H: tl.constexpr, WIN_W: tl.constexpr, BLOCK_WIN: tl.constexpr,
+    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dq and to the gradients of the relative logits."""
@@ -212,9 +275,11 @@ def _attend_backward(
         s = _logits(q, k, held, scale, FOLD)
     else:
         s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
-    if WIN_H > 0:
-        pair = valid_m[:, None] & ((i < BOX_H) & (i < WIN_H))[None, :]
-        s += _relative(rel_h_ptr, rel_w_ptr, position[:, None], i[None, :], j[None, :], pair, WIN_H, WIN_W)
+    w = tl.arange(0, BLOCK_W)
+    if REL_H:
+        s = _add(s, rel_h, (w[:, None] == i[None, :]).to(k.dtype))
+    if REL_W:
+        s = _add(s, rel_w, (w[:, None] == j[None, :]).to(k.dtype))
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     final = scale if FOLD else 1.0
     p = tl.exp2(s * final - lse[:, None])
@@ -222,120 +287,141 @@ def _attend_backward(
         p = tl.where(inside[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    if WIN_H > 0:
-        w = tl.arange(0, BLOCK_WIN)
-        on_row = (i[:, None] == w[None, :]).to(tl.float32)
-        on_column = ((j[:, None] == w[None, :]) & (i < BOX_H)[:, None]).to(tl.float32)
-        drel_h = tl.dot(ds, on_row, drel_h, input_precision="ieee")
-        drel_w = tl.dot(ds, on_column, drel_w, input_precision="ieee")
+    if REL_H:
+        drel_h = tl.dot(ds.to(k.dtype), (i[:, None] == w[None, :]).to(k.dtype), drel_h, input_precision="ieee")
+    if REL_W:
+        drel_w = tl.dot(ds.to(k.dtype), (j[:, None] == w[None, :]).to(k.dtype), drel_w, input_precision="ieee")
     return dq, drel_h, drel_w
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=["batch", "share"])
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, table_ptr,
-    rel_h_ptr, rel_w_ptr, drel_h_ptr, drel_w_ptr, tiles_h_ptr, tiles_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
-    q_step_h, q_step_w, k_step_h, k_step_w,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drel_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
+    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn,
-    table_heads, scale, groups, images,
+    table_heads, scale, share,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
-    WIN_H: tl.constexpr, WIN_W: tl.constexpr, BLOCK_WIN: tl.constexpr,
+    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+    QUERIES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq, the stats that the other passes read, and the gradients of the relative logits; rows are queries.
+    """dq, the stats that the other passes read, and sums for the embeddings of relative positions; rows are queries.
 
-    stats[query] = (log-sum-exp in base 2, delta = sum(o * do)).
+    stats[query] = (log-sum-exp in base 2, delta = sum(o * do)). A program walks the images and tiles of its segment,
+    segments[segment] = (class, which share of it), in a fixed order: drel[segment, head, axis, relative position].
     """
-    program = tl.program_id(0)
+    segment = tl.program_id(0)
     head = tl.program_id(1)
-    tile = program // groups
-    group = program % groups
-    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    kind = tl.load(segments_ptr + 2 * segment)
+    part = tl.load(segments_ptr + 2 * segment + 1)
+    member = tl.load(members_ptr + kind)
+    end = min((part + 1) * share, (tl.load(members_ptr + kind + 1) - member) * batch)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
-    mask_q = valid_m[:, None] & (d[None, :] < D)
-    mask_o = valid_m[:, None] & (e[None, :] < DV)
-    q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
-    do_offset = (qr * do_sh + qc * do_sw)[:, None] + e[None, :]
-    dq_offset = (qr * dq_sh + qc * dq_sw)[:, None] + d[None, :]
-    position = (qr * q_width + qc) * heads + head
-    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
+    table = table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS)
     held = 0.0
     if BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    final = scale if FOLD else 1.0
+    factor = 1.4426950408889634 / final
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
-
-    for image in range(group * images, min((group + 1) * images, batch)):
-        b = tl.cast(image, tl.int64)
-        q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
-        do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, mask_o, UPCAST)
-        o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        # rows that are not there: p = exp2(-inf) = 0
-        lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf")) * 1.4426950408889634
-        stats = stats_ptr + 2 * b * map_size + 2 * position
-        tl.store(stats, lse, mask=valid_m)
-        tl.store(stats + 1, delta, mask=valid_m)
-        k_image = k_ptr + (b * k_sb + head64 * k_sn)
-        v_image = v_ptr + (b * v_sb + head64 * v_sn)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        drel_h = tl.zeros([BLOCK_M, BLOCK_WIN], tl.float32)
-        drel_w = tl.zeros([BLOCK_M, BLOCK_WIN], tl.float32)
-        if UNROLL:
-            for chunk in tl.static_range(CHUNKS):
+    rel_h = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    rel_w = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    if REL_H:
+        embeddings_h = _table(rel_h_ptr, D, BLOCK_D, REL_H, BLOCK_R, UPCAST)
+        total_h = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if REL_W:
+        embeddings_w = _table(rel_w_ptr, D, BLOCK_D, REL_W, BLOCK_R, UPCAST)
+        total_w = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
+        tile = tl.load(member_tiles_ptr + member + turn)
+        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
+        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+        qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
+        mask_q = valid_m[:, None] & (d[None, :] < D)
+        mask_o = valid_m[:, None] & (e[None, :] < DV)
+        q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
+        do_offset = (qr * do_sh + qc * do_sw)[:, None] + e[None, :]
+        dq_offset = (qr * dq_sh + qc * dq_sw)[:, None] + d[None, :]
+        position = (qr * q_width + qc) * heads + head
+        for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
+            b = tl.cast(image, tl.int64)
+            q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
+            do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, mask_o, UPCAST)
+            o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            # rows that are not there: p = exp2(-inf) = 0
+            lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf")) * 1.4426950408889634
+            stats = stats_ptr + 2 * b * map_size + 2 * position
+            tl.store(stats, lse, mask=valid_m)
+            tl.store(stats + 1, delta, mask=valid_m)
+            if REL_H:
+                rel_h = _window_logits(q, embeddings_h, qr.to(tl.int32) % QUERIES, factor, REL_H, BLOCK_W, BLOCK_R)
+            if REL_W:
+                rel_w = _window_logits(q, embeddings_w, qc.to(tl.int32) % QUERIES, factor, REL_W, BLOCK_W, BLOCK_R)
+            k_image = k_ptr + (b * k_sb + head64 * k_sn)
+            v_image = v_ptr + (b * v_sb + head64 * v_sn)
+            dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            drel_h = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+            drel_w = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+            if UNROLL:
+                for chunk in tl.static_range(CHUNKS):
+                    dq, drel_h, drel_w = _attend_backward(
+                        q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N,
+                        c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
+                        SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                    )  # fmt: skip
+            else:
+                for chunk in range(CHUNKS):
+                    dq, drel_h, drel_w = _attend_backward(
+                        q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N,
+                        c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
+                        SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                    )  # fmt: skip
+            if TAIL > 0:
                 dq, drel_h, drel_w = _attend_backward(
-                    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
-                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, BLOCK_WIN,
+                    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, CHUNKS * BLOCK_N, c0_h, c0_w,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL_H, REL_W, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
-        else:
-            for chunk in range(CHUNKS):
-                dq, drel_h, drel_w = _attend_backward(
-                    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
-                    rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, BLOCK_WIN,
-                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
-                )  # fmt: skip
-        if TAIL > 0:
-            dq, drel_h, drel_w = _attend_backward(
-                q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, CHUNKS * BLOCK_N, c0_h, c0_w,
-                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale,
-                rel_h_ptr, rel_w_ptr, b * map_size + position, valid_m,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, WIN_H, WIN_W, BLOCK_WIN,
-                SAME_KV, MASK, FOLD, WIDE, UPCAST,
-            )  # fmt: skip
-        dq = dq * (scale * 0.6931471805599453)
-        tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
-        if WIN_H > 0:
-            w = tl.arange(0, BLOCK_WIN)
-            where = b * map_size + position
-            inside_h = valid_m[:, None] & (w[None, :] < WIN_H)
-            inside_w = valid_m[:, None] & (w[None, :] < WIN_W)
-            tl.store(drel_h_ptr + (where * WIN_H)[:, None] + w[None, :], drel_h, mask=inside_h)
-            tl.store(drel_w_ptr + (where * WIN_W)[:, None] + w[None, :], drel_w, mask=inside_w)
+            dq = dq * (scale * 0.6931471805599453)
+            if REL_H:
+                sorted_h = _by_embedding(drel_h, qr.to(tl.int32) % QUERIES, REL_H, BLOCK_W, BLOCK_R).to(q.dtype)
+                dq = tl.dot(sorted_h, embeddings_h, dq, input_precision="ieee")
+                total_h = tl.dot(tl.trans(sorted_h), q, total_h, input_precision="ieee")
+            if REL_W:
+                sorted_w = _by_embedding(drel_w, qc.to(tl.int32) % QUERIES, REL_W, BLOCK_W, BLOCK_R).to(q.dtype)
+                dq = tl.dot(sorted_w, embeddings_w, dq, input_precision="ieee")
+                total_w = tl.dot(tl.trans(sorted_w), q, total_w, input_precision="ieee")
+            tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
+    place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_D + d[None, :]
+    out = (tl.cast(segment, tl.int64) * heads + head) * (2 * BLOCK_R * BLOCK_D)
+    if REL_H:
+        tl.store(drel_ptr + out + place, total_h)
+    if REL_W:
+        tl.store(drel_ptr + out + BLOCK_R * BLOCK_D + place, total_w)
 
 
 @triton.jit
 def _attended_backward(
     k, v, q_image, do_image, stats_image, table, held, dk, dv, start, first_h, first_w,
     step_h, step_w, height, width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-    rel_h_ptr, rel_w_ptr, image, kr, kc, valid_m,
-    win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
+    rel_h, rel_w, row_h, row_w, key_h, key_w, factor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    WIN_H: tl.constexpr, WIN_W: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr,
+    FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to dk and dv."""
     m = tl.arange(0, BLOCK_M)
@@ -355,13 +441,13 @@ def _attended_backward(
         s = _logits(k, q, held, scale, FOLD)
     else:
         s = _logits(k, q, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
-    if WIN_H > 0:
-        top = r.to(tl.int32) * win_stride_h // win_block_h * win_block_h - win_halo_h
-        left = c.to(tl.int32) * win_stride_w // win_block_w * win_block_w - win_halo_w
-        i = kr.to(tl.int32)[:, None] - top[None, :]
-        j = kc.to(tl.int32)[:, None] - left[None, :]
-        pair = valid_m[:, None] & inside[None, :] & (i >= 0) & (i < WIN_H) & (j >= 0) & (j < WIN_W)
-        s += _relative(rel_h_ptr, rel_w_ptr, (image + position)[None, :], i, j, pair, WIN_H, WIN_W)
+    t = tl.arange(0, BLOCK_T)
+    if REL_H:
+        added = _key_logits(q, rel_h, r.to(tl.int32), key_h, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
+        s = _add_left(s, (row_h[:, None] == t[None, :]).to(q.dtype), added)
+    if REL_W:
+        added = _key_logits(q, rel_w, c.to(tl.int32), key_w, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
+        s = _add_left(s, (row_w[:, None] == t[None, :]).to(q.dtype), added)
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     final = scale if FOLD else 1.0
     p = tl.exp2(s * final - lse[None, :])
@@ -379,11 +465,12 @@ def columns_kernel(
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dk_sb, dk_sh, dk_sw, dk_sn, dv_sb, dv_sh, dv_sw, dv_sn,
-    table_heads, scale, groups, images, win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
+    table_heads, scale, groups, images,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
-    WIN_H: tl.constexpr, WIN_W: tl.constexpr,
+    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr,
     FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv: rows are keys and columns are the queries that may see them."""
@@ -410,6 +497,13 @@ def columns_kernel(
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
+    factor = 1.4426950408889634 / (scale if FOLD else 1.0)
+    rel_h = 0.0
+    rel_w = 0.0
+    if REL_H:
+        rel_h = _table(rel_h_ptr, D, BLOCK_D, REL_H, BLOCK_R, UPCAST)
+    if REL_W:
+        rel_w = _table(rel_w_ptr, D, BLOCK_D, REL_W, BLOCK_R, UPCAST)
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
@@ -425,26 +519,26 @@ def columns_kernel(
                 dk, dv = _attended_backward(
                     k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                    rel_h_ptr, rel_w_ptr, b * map_size, kr, kc, valid_m,
-                    win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, FOLD, WIDE, UPCAST,
+                    rel_h, rel_w, m // TILE_W, m % TILE_W, r0, s0, factor,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
+                    REL_H, REL_W, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 dk, dv = _attended_backward(
                     k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                    rel_h_ptr, rel_w_ptr, b * map_size, kr, kc, valid_m,
-                    win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, WIN_H, WIN_W, FOLD, WIDE, UPCAST,
+                    rel_h, rel_w, m // TILE_W, m % TILE_W, r0, s0, factor,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
+                    REL_H, REL_W, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             dk, dv = _attended_backward(
                 k, v, q_image, do_image, stats_image, table, held, dk, dv, CHUNKS * BLOCK_N, c0_h, c0_w,
                 q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                rel_h_ptr, rel_w_ptr, b * map_size, kr, kc, valid_m,
-                win_block_h, win_block_w, win_stride_h, win_stride_w, win_halo_h, win_halo_w,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, WIN_H, WIN_W, FOLD, WIDE, UPCAST,
+                rel_h, rel_w, m // TILE_W, m % TILE_W, r0, s0, factor,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS,
+                REL_H, REL_W, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
             )  # fmt: skip
         dk = dk * (scale * 0.6931471805599453)
         tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)

@@ -27,23 +27,24 @@ __all__ = ["Relative", "local_backward", "local_forward"]
 
 _PARTIALS = 1024  # blocks of partial sums of the bias gradient, and the programs that make them
 _SQUARE = 8  # side of a tile
-_MOST_UNROLLED = 6  # blocks of columns: their addresses are then computed once for all images, for some code
+_MOST_UNROLLED = 8  # blocks of columns: their addresses are then computed once for all images, for some code
 _PROGRAMS = 2048  # what keeps a GPU busy
 
 
 @dataclass(frozen=True)
 class Relative:
-    """Relative-position logits per query and window place, and how a query finds its window.
+    """Embeddings of relative positions, whose products with a query are added to its logits, and its windows.
 
-    height, width: [B, H, W, heads, window] float32, a row and a column term that are added to every logit.
-    block, halo, stride: per axis; the window of query p starts at (p * stride) // block * block - halo.
+    height, width: [2 window - 1, dim] or None, one row and one column term per logit; window place i of a query that
+    stands at place p of its block has row i - p + window - 1.
+    block: keys per block and axis. halo: keys that a window reaches beyond its block. stride: keys per query.
     """
 
-    height: Tensor
-    width: Tensor
-    block: tuple[int, int]
-    halo: tuple[int, int]
-    stride: tuple[int, int]
+    height: Tensor | None
+    width: Tensor | None
+    block: int
+    halo: int
+    stride: int
 
 
 @functools.lru_cache(maxsize=16)
@@ -55,16 +56,21 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_multiprocessor", 0)) or 64 * 1024
 
 
-def _configs(q: Tensor, v: Tensor, area: int) -> list[Config]:
+def _configs(q: Tensor, v: Tensor, area: int, tiles: int) -> list[Config]:
     """The heuristic, the best first; the later ones need less shared memory.
 
     Tiles of 64 rows and 4 warps: with more, a product of 64 rows is computed twice. Loads run an image ahead where two
     programs still share a multiprocessor.
+
+    Args:
+        area: positions of the largest box.
+        tiles: how many tensors are loaded for the rows of a tile.
     """
-    columns = min(64, max(16, triton.next_power_of_2(area)))
+    dim = q.shape[-1] + v.shape[-1]
+    columns = min(64 if dim <= 160 else 32, max(16, triton.next_power_of_2(area)))
     small = min(columns, 32)
-    width = (area if area <= 64 * _MOST_UNROLLED else columns) + 64  # columns that an image loads, and the tile's rows
-    ahead = 2 * width * (q.shape[-1] + v.shape[-1]) * q.element_size() + 64 * columns * 4
+    width = area if area <= columns * _MOST_UNROLLED else columns  # what an image loads of k and v
+    ahead = 2 * (width * dim + 64 * tiles * dim // 2) * q.element_size() + 64 * columns * 4
     stages = 2 if 2 * ahead <= _shared_memory(q.device) else 1
     configs = [Config(8, columns, 4, 2)] if stages == 2 else []
     return [
@@ -107,11 +113,6 @@ def _layout(
 def _area(height: Axis, width: Axis, reverse: bool) -> int:
     laid = plan(height, width, _tile(Config(_SQUARE, 0, 0, 0), height), None, reverse, 1, torch.device("cpu"))
     return laid.block_n
-
-
-def _folds(scale: float, relative: Relative | None) -> bool:
-    """Whether the table may come divided by the scale. Relative logits would have to be divided as well."""
-    return relative is None and 2**-20 < scale < 2**20
 
 
 def _table(layout: _Layout, bias: Tensor | None, scale: float, fold: bool) -> Tensor:
@@ -231,19 +232,19 @@ def local_forward(
     if out.numel() == 0:
         return out, lse
     bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
-    configs = _configs(q, v, _area(height, width, False))
+    configs = _configs(q, v, _area(height, width, False), 1)
 
-    common = _numerics(q, k, v, out, scale=scale, relative=relative)
+    common = _numerics(q, k, v, out, scale=scale)
 
     def run(config: Config) -> None:
         layout = _layout(height, width, config, bias_size, False, q.device)
         table = _table(layout, bias, scale, common["FOLD"])
         grid, groups, images = _grid(layout, batch, heads)
         forward_kernel[grid](
-            q, k, v, out, lse, table, *_relative_tensors(relative, q),
+            q, k, v, out, lse, table, **_relative_arguments(relative, q),
             **_shape_arguments(q, k, v, layout, height, width), **_stride_arguments(q=q, k=k, v=v),
             classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
-            groups=groups, images=images, **_windows(relative), MASK=mask, SAME_KV=_same(k, v), **common,
+            groups=groups, images=images, MASK=mask, SAME_KV=_same(k, v), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -251,12 +252,9 @@ def local_forward(
     return out, lse
 
 
-def _relative_tensors(relative: Relative | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    return (q, q) if relative is None else (relative.height, relative.width)
-
-
-def _numerics(*tensors: Tensor, scale: float, relative: Relative | None) -> dict[str, Any]:
-    return {"scale": scale * LOG2E, "FOLD": _folds(scale, relative), "WIDE": not fits_int32(*tensors)}
+def _numerics(*tensors: Tensor, scale: float) -> dict[str, Any]:
+    # a scale near zero must not divide the table
+    return {"scale": scale * LOG2E, "FOLD": 2**-20 < scale < 2**20, "WIDE": not fits_int32(*tensors)}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -264,21 +262,33 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.stride()[1:3] == b.stride()[1:3]
 
 
-def _windows(relative: Relative | None) -> dict[str, int]:
+def _relative_arguments(relative: Relative | None, q: Tensor, tile: int | None = None) -> dict[str, Any]:
+    """Tables in q's dtype and the sizes that go with them; `tile` for the columns kernel: the side of its tiles."""
     if relative is None:
-        return {"WIN_H": 0, "WIN_W": 0}
-    return {"WIN_H": relative.height.shape[-1], "WIN_W": relative.width.shape[-1]}
+        found: dict[str, Any] = {"rel_h_ptr": q, "rel_w_ptr": q, "REL_H": 0, "REL_W": 0, "BLOCK_R": 16}
+        window, block, keys, halo = 1, 1, 1, 0
+    else:
+        block, keys, halo = relative.block // relative.stride, relative.block, relative.halo
+        window = keys + 2 * halo
+        found = {"BLOCK_R": max(16, triton.next_power_of_2(2 * window - 1))}
+        for axis, table in (("h", relative.height), ("w", relative.width)):
+            found[f"rel_{axis}_ptr"] = q if table is None else table.to(q.dtype).contiguous()
+            found[f"REL_{axis.upper()}"] = 0 if table is None else window
+    found["QUERIES"] = block
+    if tile is None:
+        return found | {"BLOCK_W": max(16, triton.next_power_of_2(window))}
+    return found | {"KEYS": keys, "HALO": halo, "BLOCK_T": max(16, triton.next_power_of_2(tile))}
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of q, k, v, of the bias, and of the relative logits (None where there are none)."""
+    """Gradients of q, k, v, of the bias, and of the two tables of relative positions (None where there are none)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None
-    relative: tuple[Tensor, Tensor] | None
+    relative: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def local_backward(
@@ -303,28 +313,34 @@ def local_backward(
     batch, heads = q.shape[0], q.shape[3]
     dq, dk, dv = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dbias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    drel = None if relative is None else (torch.empty_like(relative.height), torch.empty_like(relative.width))
+    tables = (None, None) if relative is None else (relative.height, relative.width)
+    drel = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tables]
     if out.numel() == 0:
-        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dbias, drel)
+        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dbias, (drel[0], drel[1]))
     stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp in base 2, and sum(out * grad)
     bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
     axes = (height, width)
-    common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale, relative=relative)
+    common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale)
     fold = common["FOLD"]
 
     def rows(config: Config) -> None:
         layout = _layout(height, width, config, bias_size, False, q.device)
         table = _table(layout, bias, scale, fold)
-        grid, groups, images = _grid(layout, batch, heads)
-        windows = _windows(relative)
-        rows_kernel[grid](
-            q, k, v, out, grad, lse, stats, dq, table, *_relative_tensors(relative, q), *(drel or (q, q)),
+        most = _PROGRAMS if relative is None else _PARTIALS
+        share, segments, _ = _segments(layout.plan.counts, batch, max(1, most // heads), q.device)
+        found = _relative_arguments(relative, q)
+        shape = (segments.shape[0], heads, 2, found["BLOCK_R"], max(16, triton.next_power_of_2(q.shape[-1])))
+        sums = table.new_empty((1,) if relative is None else shape)
+        rows_kernel[(segments.shape[0], heads)](
+            q, k, v, out, grad, lse, stats, dq, sums, table, **found,
             **_shape_arguments(q, k, v, layout, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq),
-            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
-            groups=groups, images=images, **windows, MASK=mask, SAME_KV=_same(k, v), **common,
-            BLOCK_WIN=max(16, triton.next_power_of_2(max(windows.values()))),
+            members_ptr=layout.plan.members, member_tiles_ptr=layout.plan.member_tiles, segments_ptr=segments,
+            table_heads=table.shape[0], share=share, MASK=mask, SAME_KV=_same(k, v), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        for axis, target in enumerate(drel):
+            if target is not None:
+                target.copy_(sums[:, :, axis, : target.shape[0], : target.shape[1]].sum((0, 1)))
         if bias is not None and dbias is not None:
             _bias_gradient(layout, config, table, dbias, q, k, v, grad, stats, height, width, common)
 
@@ -333,11 +349,11 @@ def local_backward(
         table = _table(layout, bias, scale, fold)
         grid, groups, images = _grid(layout, batch, heads)
         columns_kernel[grid](
-            q, k, v, grad, stats, dk, dv, table, *_relative_tensors(relative, q),
+            q, k, v, grad, stats, dk, dv, table, **_relative_arguments(relative, q, config.tile),
             **_shape_arguments(q, k, v, layout, height, width),
             **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
             classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
-            groups=groups, images=images, **_windows(relative), **_window_rule(relative), **common,
+            groups=groups, images=images, **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -362,25 +378,16 @@ def local_backward(
 
     area = _area(height, width, False)
     if relative is None and not mask and area <= _SQUARE**2 and _partitioned(height, width):
-        _launch(kind, "square", q, v, axes, bias_size, _configs(q, v, area), square)
+        _launch(kind, "square", q, v, axes, bias_size, _configs(q, v, area, 3), square)
     else:
-        _launch(kind, "rows", q, v, axes, bias_size, _configs(q, v, area), rows)
-        _launch(kind, "columns", q, v, axes, bias_size, _configs(q, v, _area(height, width, True)), columns)
-    return Gradients(dq, dk, dv, dbias, drel)
+        _launch(kind, "rows", q, v, axes, bias_size, _configs(q, v, area, 3), rows)
+        _launch(kind, "columns", q, v, axes, bias_size, _configs(q, v, _area(height, width, True), 2), columns)
+    return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
 
 
 def _partitioned(height: Axis, width: Axis) -> bool:
     tile = _tile(Config(_SQUARE, 0, 0, 0), height)
     return partitions(height, tile[0]) and partitions(width, tile[1])
-
-
-def _window_rule(relative: Relative | None) -> dict[str, int]:
-    rule = relative or Relative(*(torch.empty(0),) * 2, (1, 1), (0, 0), (1, 1))
-    return {
-        f"win_{name}_{axis}": getattr(rule, name)[i]
-        for name in ("block", "halo", "stride")
-        for i, axis in enumerate("hw")
-    }
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,9 +18,12 @@ MODULES = {
         "forward_kernel", "rows_kernel", "columns_kernel", "bias_gradient_kernel", "fold_kernel",
         "square_kernel",
     ],
-    "zoo.ops.routing.kernels": ["_forward_kernel", "_dq_kernel", "_dkv_kernel"],
-    "zoo.ops.channel.kernels": ["_product_kernel", "_apply_kernel"],
-    "zoo.ops.super_token.kernels": ["_affinity_kernel", "_aggregate_kernel", "_spread_kernel"],
+    "zoo.ops.routing.kernels": [
+        "_forward_kernel", "_dq_kernel", "_dkv_kernel", "_table_kernel", "_pickers_kernel", "_mean_kernel",
+        "_nearest_kernel",
+    ],
+    "zoo.ops.channel.kernels": ["_product_kernel", "_map_kernel", "_apply_kernel"],
+    "zoo.ops.super_token.kernels": ["_affinity_kernel", "_mean_kernel", "_aggregate_kernel", "_spread_kernel"],
     "zoo.ops.large_kernel.kernels": [
         "_depthwise_kernel", "_depthwise_weight_kernel", "_pointwise_kernel", "_pointwise_weight_kernel",
     ],
@@ -48,18 +51,18 @@ def run(dtype: torch.dtype) -> None:
 
     q, k, v = maps(2, 16, 32)
     axis = halo_axis(32, 8, 3, 1)
-    logits = torch.randn(2, 32, 32, 2, 14)
-    relative = Relative(logits, logits, (8, 8), (3, 3), (1, 1))
+    embeddings = torch.randn(27, 16, dtype=dtype)
+    relative = Relative(embeddings, embeddings, 8, 3, 1)
     out, lse = local_forward(q, k, v, None, axis, axis, 0.2, relative)
     local_backward(out, q, k, v, None, out, lse, axis, axis, 0.2, relative)
 
     routing = importlib.import_module("zoo.ops.routing.kernels")
     q, k, v = maps(2, 32)
-    for region, topk in (((4, 4), 4), ((2, 2), 16)):
-        count = (28 // region[0]) ** 2
-        index = torch.randint(0, count, (2, count, topk))
-        out, lse = routing.routing_forward_triton(q, k, v, index, region, 0.2)
-        routing.routing_backward_triton(out, q, k, v, index, out, lse, region, 0.2)
+    few = [x[:, :14, :14] for x in (q, k, v)]
+    for tensors, region, topk in (((q, k, v), (4, 4), 4), ((q, k, v), (2, 2), 16), (few, (2, 2), 16)):
+        index = routing.routing_index_triton(*tensors[:2], region, topk)
+        out, lse = routing.routing_forward_triton(*tensors, index, region, 0.2)
+        routing.routing_backward_triton(out, *tensors, index, out, lse, region, 0.2)
 
     channel = importlib.import_module("zoo.ops.channel.kernels")
     q, k, v = (x.flatten(1, 2) for x in maps(3, 32))
