@@ -1,11 +1,11 @@
-"""What three or more of the model files share: neighborhood attention as a module, its block, its stage."""
+"""What three or more of the model files share: neighborhood attention and its block, stages, the classifier."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp, create_classifier, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor, nn
 
@@ -14,12 +14,14 @@ from zoo.ops.neighborhood.reference import axis_windows
 
 __all__ = [
     "Block",
+    "Classifier",
     "Dilations",
     "NeighborhoodAttention",
     "NormLayer",
     "Stage",
     "check_image_size",
     "init_linear",
+    "neighborhood_stage",
     "per_block",
     "per_level",
     "resize_bias_tables",
@@ -169,36 +171,11 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of neighborhood attention, and the downsampling towards the next stage; [B, H, W, C]."""
+    """Blocks, and the downsampling towards the next stage."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        kernel_size: int,
-        dilations: list[int],
-        drop_path_rates: list[float],
-        downsample: nn.Module | None = None,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        layer_scale: float | None = None,
-        norm_layer: NormLayer = nn.LayerNorm,
-        attn_backend: str | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        blocks = []
-        for dilation, rate in zip(dilations, drop_path_rates, strict=True):
-            attn = NeighborhoodAttention(
-                dim, num_heads, kernel_size, dilation, qkv_bias, qk_scale, attn_drop, proj_drop, attn_backend, **dd
-            )
-            blocks.append(Block(dim, attn, mlp_ratio, proj_drop, rate, layer_scale, norm_layer, **dd))
         self.blocks = nn.Sequential(*blocks)
         self.downsample = nn.Identity() if downsample is None else downsample
 
@@ -209,6 +186,86 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(self.forward_blocks(x))
+
+
+def neighborhood_stage(
+    dim: int,
+    num_heads: int,
+    kernel_size: int,
+    dilations: list[int],
+    drop_path_rates: list[float],
+    downsample: nn.Module | None = None,
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = True,
+    qk_scale: float | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    layer_scale: float | None = None,
+    norm_layer: NormLayer = nn.LayerNorm,
+    attn_backend: str | None = None,
+    device: Any = None,
+    dtype: Any = None,
+) -> Stage:
+    """A stage of neighborhood attention on [B, H, W, C]."""
+    dd = {"device": device, "dtype": dtype}
+    blocks = []
+    for dilation, rate in zip(dilations, drop_path_rates, strict=True):
+        attn = NeighborhoodAttention(
+            dim, num_heads, kernel_size, dilation, qkv_bias, qk_scale, attn_drop, proj_drop, attn_backend, **dd
+        )
+        blocks.append(Block(dim, attn, mlp_ratio, proj_drop, rate, layer_scale, norm_layer, **dd))
+    return Stage(blocks, downsample)
+
+
+class Classifier(nn.Module):
+    """Base of the models that end in global_pool, head_drop and head: their part of timm's contract.
+
+    A subclass calls `add_classifier` in its constructor and has `forward_features`; where pruning changes the number of
+    channels it sets `head_dim` before `reset_classifier`.
+    """
+
+    def add_classifier(
+        self, dim: int, num_classes: int, global_pool: str, drop_rate: float, device: Any = None, dtype: Any = None
+    ) -> None:
+        """Add the classifier for features of `dim` channels."""
+        self.drop_rate = drop_rate
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_classifier(dim, num_classes, global_pool, device, dtype)
+
+    def _set_classifier(self, dim: int, num_classes: int, pool_type: str, device: Any, dtype: Any) -> None:
+        self.num_classes = num_classes
+        self.head_dim = dim
+        self.global_pool, self.head = create_classifier(
+            dim, num_classes, pool_type=pool_type, device=device, dtype=dtype
+        )
+        self.head_hidden_size = dim * self.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a fresh classifier, and another pooling if one is named."""
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_classifier(self.head_dim, num_classes, pool_type, **get_device_dtype(self))
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 
 def init_linear(module: nn.Module) -> None:

@@ -24,7 +24,6 @@ from timm.layers import (
     Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
-    trunc_normal_,
 )
 from timm.models import (
     checkpoint,
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.models._builder import build_model, published_cfg
+from zoo.models._layers import init_linear
 from zoo.ops.routing import routing_attention, routing_index
 from zoo.ops.routing.layout import from_regions, to_regions
 
@@ -377,13 +377,7 @@ class BiFormer(nn.Module):
 
         self.norm = nn.Identity() if out_norms else nn.BatchNorm2d(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.apply(self._init_weights)
-
-    def _init_weights(self, m: nn.Module) -> None:
-        if isinstance(m, nn.Linear):
-            trunc_normal_(m.weight, std=0.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -17,18 +17,19 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ._builder import build_model, published_cfg
 from ._layers import (
+    Classifier,
     Dilations,
     NormLayer,
-    Stage,
     check_image_size,
     init_linear,
+    neighborhood_stage,
     per_block,
     per_level,
     resize_bias_tables,
@@ -83,7 +84,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
-class DiNATS(nn.Module):
+class DiNATS(Classifier):
     """DiNAT_s: neighborhood attention between Swin's patch embedding and patch merging.
 
     Args:
@@ -141,9 +142,7 @@ class DiNATS(nn.Module):
         super().__init__()
         depths, num_heads = list(depths), per_level("num_heads", num_heads, len(depths))
         self.in_chans = in_chans
-        self.num_classes = num_classes
         self.img_size = None if img_size is None else check_image_size(img_size)
-        self.drop_rate = drop_rate
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.feature_info: list[dict[str, Any]] = []
 
@@ -155,7 +154,7 @@ class DiNATS(nn.Module):
         for i in range(len(depths)):
             dim = embed_dim * 2**i
             layers.append(
-                Stage(
+                neighborhood_stage(
                     dim,
                     num_heads[i],
                     kernel_sizes[i],
@@ -177,9 +176,7 @@ class DiNATS(nn.Module):
         self.layers = nn.Sequential(*layers)
 
         self.norm = norm_layer(self.num_features, **dd)
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.add_classifier(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
     @torch.jit.ignore
@@ -194,26 +191,6 @@ class DiNATS(nn.Module):
             (r"^norm\.", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for layer in self.layers.children():
-            cast(Stage, layer).grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a fresh classifier, and another pooling if one is named."""
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=pool_type, **get_device_dtype(self)
-        )
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -266,7 +243,7 @@ class DiNATS(nn.Module):
         self.layers = self.layers[: max_index + 1]
         if prune_end:
             self.layers[max_index].downsample = nn.Identity()
-            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.head_dim = self.feature_info[max_index]["num_chs"]
         if prune_end or prune_norm:
             self.norm = nn.Identity()
         if prune_end or prune_head:
@@ -276,13 +253,6 @@ class DiNATS(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.layers(self.patch_embed(x))
         return self.norm(x).permute(0, 3, 1, 2)  # (B, C, H, W)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -26,13 +26,14 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor
 from torchvision import ops as _torchvision_ops  # noqa: F401  (registers torch.ops.torchvision)
 
 from zoo.models._builder import build_model, published_cfg
+from zoo.models._layers import Classifier, Stage, init_linear
 from zoo.ops.window import window_attention_qkvpacked
 
 __all__ = ["LITv2"]
@@ -238,34 +239,7 @@ class DTM(nn.Module):
         return self.act(self.norm_layer(x)).permute(0, 2, 3, 1)
 
 
-class Stage(nn.Module):
-    """Blocks, and the token merging towards the next stage."""
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int | None,
-        drop_path_rates: list[float],
-        device: Any = None,
-        dtype: Any = None,
-        **block_args: Any,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(*(Block(dim, drop_path=rate, **block_args, **dd) for rate in drop_path_rates))
-        self.downsample = nn.Identity() if out_dim is None else DTM(dim, out_dim, **dd)
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.forward_blocks(x))
-
-
-class LITv2(nn.Module):
+class LITv2(Classifier):
     """Vision transformer with HiLo attention in its last stages and convolutional MLPs in its first.
 
     Args:
@@ -314,9 +288,7 @@ class LITv2(nn.Module):
         dd = {"device": device, "dtype": dtype}
         windows = (0, 0, local_ws, 1) if isinstance(local_ws, int) else tuple(local_ws)
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
         self.num_features = dims[-1]
         self.feature_info: list[dict[str, Any]] = []
 
@@ -324,11 +296,9 @@ class LITv2(nn.Module):
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         for i, dim in enumerate(dims):
-            stages.append(
-                Stage(
+            blocks = [
+                Block(
                     dim,
-                    dims[i + 1] if i + 1 < len(dims) else None,
-                    rates[i],
                     num_heads=num_heads[i] if has_msa[i] else 0,
                     window_size=windows[i],
                     alpha=alpha,
@@ -336,9 +306,13 @@ class LITv2(nn.Module):
                     qkv_bias=qkv_bias,
                     proj_drop=proj_drop_rate,
                     attn_backend=attn_backend,
+                    drop_path=rate,
                     **dd,
                 )
-            )
+                for rate in rates[i]
+            ]
+            last = i + 1 == len(dims)
+            stages.append(Stage(blocks, None if last else DTM(dim, dims[i + 1], **dd)))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"layers.{i}.blocks"})
         self.layers = nn.Sequential(*stages)
         normed = tuple(dense_norms) if dense else ()
@@ -346,10 +320,8 @@ class LITv2(nn.Module):
             nn.LayerNorm(dim, **dd) if i in normed else nn.Identity() for i, dim in enumerate(dims)
         )
         self.norm = nn.Identity() if dense else nn.LayerNorm(self.num_features, **dd)
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.apply(_init_weights)
+        self.add_classifier(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -363,25 +335,6 @@ class LITv2(nn.Module):
             (r"^(?:norm|out_norms)\.", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.layers.children():
-            cast(Stage, stage).grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a fresh classifier, and another pooling if one is named."""
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -441,7 +394,7 @@ class LITv2(nn.Module):
             self.norm = nn.Identity()
         if prune_end:
             self.layers[max_index].downsample = nn.Identity()
-            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.head_dim = self.feature_info[max_index]["num_chs"]
         if prune_end or prune_head:
             self.reset_classifier(0, "")
         return take_indices
@@ -449,20 +402,6 @@ class LITv2(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.layers(self.patch_embed(x))
         return self.norm(self.out_norms[-1](x)).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

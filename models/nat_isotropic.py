@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ._builder import build_model, published_cfg
 from ._layers import (
     Block,
+    Classifier,
     NeighborhoodAttention,
     NormLayer,
     check_image_size,
@@ -119,7 +120,7 @@ class GlobalAttention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
 
 
-class NATIsotropic(nn.Module):
+class NATIsotropic(Classifier):
     """Vision transformer of one resolution with neighborhood attention, or global attention with relative bias.
 
     Args:
@@ -178,9 +179,7 @@ class NATIsotropic(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.in_chans = in_chans
-        self.num_classes = num_classes
         self.img_size = check_image_size(img_size)
-        self.drop_rate = drop_rate
         self.num_features = embed_dim
         self.grad_checkpointing = False
 
@@ -222,9 +221,7 @@ class NATIsotropic(nn.Module):
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"layers.{i}"} for i in range(depth)
         ]
         self.norm = norm_layer(embed_dim, **dd)
-        self.global_pool, self.head = create_classifier(embed_dim, num_classes, pool_type=global_pool, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = embed_dim * self.global_pool.feat_mult()
+        self.add_classifier(embed_dim, num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
     @torch.jit.ignore
@@ -238,21 +235,6 @@ class NATIsotropic(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a fresh classifier, and another pooling if one is named."""
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=pool_type, **get_device_dtype(self)
-        )
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -312,13 +294,6 @@ class NATIsotropic(nn.Module):
         else:
             x = self.layers(x)
         return self.norm(x).permute(0, 3, 1, 2)  # (B, C, H, W)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

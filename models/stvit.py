@@ -21,15 +21,13 @@ import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
-    create_classifier,
-    get_device_dtype,
-    trunc_normal_,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from zoo.models._builder import build_model, published_cfg
+from zoo.models._layers import Classifier, Stage, init_linear
 from zoo.ops.super_token import super_token_mapping, super_token_sampling
 
 __all__ = ["STViT"]
@@ -203,34 +201,7 @@ class PatchMerging(nn.Module):
         return self.proj(x)
 
 
-class Stage(nn.Module):
-    """Blocks, and the downsampling towards the next stage."""
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int | None,
-        drop_path_rates: list[float],
-        device: Any = None,
-        dtype: Any = None,
-        **block_args: Any,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(*(Block(dim, drop_path=rate, **block_args, **dd) for rate in drop_path_rates))
-        self.downsample = nn.Identity() if out_dim is None else PatchMerging(dim, out_dim, **dd)
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.forward_blocks(x))
-
-
-class STViT(nn.Module):
+class STViT(Classifier):
     """Vision transformer with super token sampling.
 
     Args:
@@ -277,9 +248,7 @@ class STViT(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
         self.num_features = embed_dim[-1]
         self.feature_info: list[dict[str, Any]] = []
 
@@ -287,11 +256,9 @@ class STViT(nn.Module):
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         for i, dim in enumerate(embed_dim):
-            stages.append(
-                Stage(
+            blocks = [
+                Block(
                     dim,
-                    embed_dim[i + 1] if i + 1 < len(embed_dim) else None,
-                    rates[i],
                     num_heads=num_heads[i],
                     stoken_size=stoken_size[i],
                     n_iter=n_iter[i],
@@ -301,9 +268,13 @@ class STViT(nn.Module):
                     layer_scale=layer_scale[i],
                     init_values=init_values,
                     attn_backend=attn_backend,
+                    drop_path=rate,
                     **dd,
                 )
-            )
+                for rate in rates[i]
+            ]
+            last = i + 1 == len(embed_dim)
+            stages.append(Stage(blocks, None if last else PatchMerging(dim, embed_dim[i + 1], **dd)))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"layers.{i}.blocks"})
         self.layers = nn.Sequential(*stages)
 
@@ -311,11 +282,8 @@ class STViT(nn.Module):
         self.proj = nn.Identity() if projection is None else nn.Conv2d(self.num_features, head_dim, 1, **dd)
         self.norm = nn.BatchNorm2d(head_dim, **dd)
         self.act = nn.SiLU()
-        self.head_dim = head_dim
-        self.global_pool, self.head = create_classifier(head_dim, num_classes, pool_type=global_pool, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = head_dim * self.global_pool.feat_mult()
-        self.apply(_init_weights)
+        self.add_classifier(head_dim, num_classes, global_pool, drop_rate, **dd)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -329,25 +297,6 @@ class STViT(nn.Module):
             (r"^(?:proj|norm)\.", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.layers.children():
-            cast(Stage, stage).grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a fresh classifier, and another pooling if one is named."""
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.head_dim, num_classes, pool_type=pool_type, **dd)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-        self.head_hidden_size = self.head_dim * self.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -409,15 +358,6 @@ class STViT(nn.Module):
         x = self.act(self.norm(self.proj(x)))
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What the Triton kernels of all ops, and the functions that launch them, share."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -11,6 +12,23 @@ __all__ = ["INTERPRET", "LOG2E", "block", "fits_int32", "load", "unit", "upcast"
 
 LOG2E = math.log2(math.e)
 INTERPRET = triton.knobs.runtime.interpret
+
+
+def _let_numpy_be_new() -> None:
+    """The interpreter of Triton 3.6 makes an int of an array of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch: Any = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRET and tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9):
+    _let_numpy_be_new()
 
 
 @triton.jit

@@ -1,0 +1,147 @@
+"""Every family on its Triton kernels: recorded outputs, and every gradient against the reference.
+
+Without a GPU the kernels run in Triton's interpreter, which is slow: there the recorded cases see one image of the two,
+and those of more than half a minute are slow tests. `test_gradients` keeps every family in the quick ones.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from golden import assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from torch import Tensor, nn
+from triton_cases import DEVICE
+
+import zoo  # noqa: F401
+
+
+class Recorded(NamedTuple):
+    file: str
+    name: str
+    wrapper: str | None = None
+    tolerance: float = 2e-5  # of the standard deviation
+
+
+# the cheapest recording of each family
+RECORDED = {
+    "nat": Recorded("nat/nat_mini.192x256", "nat_mini"),
+    "dinat": Recorded("dinat/dinat_mini.192x256", "dinat_mini"),
+    "dinat_s": Recorded("dinat_s/dinat_s_tiny.192x256", "dinat_s_tiny"),
+    "nat_isotropic": Recorded("dinat/nat_isotropic_small.224x224", "nat_isotropic_small"),
+    "maxvit": Recorded("maxvit/maxvit_pico_rw_256.256x256", "zoo_maxvit_pico_rw_256"),
+    "davit": Recorded("davit/DaViT_tiny.192x256", "zoo_davit_tiny", "state_dict"),
+    "halonet": Recorded("halonet/halonet26t.256x256", "zoo_halonet26t"),
+    "biformer": Recorded("biformer/biformer_tiny.224x224", "biformer_tiny", "model"),
+    "van": Recorded("van/van_b0.192x256", "van_b0", "state_dict"),
+    # the original's own float32 outputs lie up to 4.6e-5 from its float64 ones
+    "litv2": Recorded("litv2/litv2_s.224x224", "litv2_s", "model", 5e-5),
+    "stvit": Recorded("svit/stvit_small.192x256", "stvit_small", "model"),
+}
+SLOW = ("biformer", "dinat_s", "stvit", "van")
+
+NARROW = {"depths": (1, 1, 1, 1), "num_classes": 7}
+HEADS = {"num_heads": (1, 2, 2, 4)}
+SMALL: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
+    "nat": ("nat_mini", (72, 56), {"embed_dim": 16, **HEADS}),
+    "dinat": ("dinat_mini", (72, 56), {"embed_dim": 16, "kernel_size": 3, "dilations": (4, 2, 1, 1), **HEADS}),
+    "dinat_s": ("dinat_s_tiny", (72, 56), {"embed_dim": 16, "kernel_size": 3, "dilations": (4, 2, 1, 1), **HEADS}),
+    "nat_isotropic": ("dinat_isotropic_small", (144, 112), {"depth": 2, "embed_dim": 32, "num_heads": 2}),
+    "maxvit": (
+        "zoo_maxvit_tiny_tf_224",
+        (72, 56),
+        {"embed_dims": (32, 32, 64, 64), "stem_width": 16, "partition_size": 5},
+    ),
+    "davit": ("zoo_davit_tiny", (72, 56), {"embed_dims": (16, 32, 32, 64), **HEADS}),
+    "halonet": ("zoo_halonet26t", (128, 112), {}),
+    "biformer": (
+        "biformer_tiny",
+        (70, 64),
+        {"embed_dims": (16, 16, 32, 32), "head_dim": 8, "n_win": 3, "topks": (1, 2, 4, -2)},
+    ),
+    "van": ("van_b0", (40, 48), {"embed_dims": (8, 16, 24, 32)}),
+    "litv2": ("litv2_s", (72, 56), {"embed_dim": 16, "num_heads": (1, 2, 4, 8)}),
+    "stvit": ("stvit_small", (72, 56), {"embed_dim": (16, 16, 24, 32), "num_heads": (1, 2, 3, 4), "projection": 40}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    """On a GPU TF32 products and convolutions would hide an error of the kernels."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def published(original: str, gain: float) -> dict[str, Tensor]:
+    """The original's file: HaloNet's recordings scale batch norms, the fill leaves out constants and counters."""
+    weights = filled(original, lambda k, v: v * gain if k.endswith("bn.weight") else v)
+    constant = torch.eye(9).view(9, 1, 3, 3)
+    return {k: weights.get(k, constant if "fold" in k else torch.tensor(0)) for k, *_ in keys(original)}
+
+
+def small(family: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
+    name, size, args = SMALL[family]
+    torch.manual_seed(0)
+    shrink = {} if family in ("halonet", "nat_isotropic") else NARROW
+    model = timm.create_model(name, drop_path_rate=0.0, **shrink, **args, **kwargs).to(DEVICE).eval()
+    return model, image(*size)[:1].to(DEVICE)
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in RECORDED])
+def test_recorded(family: str, tmp_path: Path) -> None:
+    case = RECORDED[family]
+    original, size = case.file.split(".")
+    data = {k.replace(".", "_").replace("_val", "_sample"): v for k, v in npz(f"{case.file}.npz").items()}
+    gain = float(data["bn_weight_gain"]) if family == "halonet" else 1.0
+    path = save_checkpoint(tmp_path / "published.pth", published(original, gain), case.wrapper)
+    overlay = {"file": path}
+    model = timm.create_model(case.name, pretrained=True, pretrained_cfg_overlay=overlay, attn_backend="triton")
+    images = image(*map(int, size.split("x")), seed=int(data.get("input_seed", 0)))
+    if DEVICE == "cpu":
+        images = images[:1]
+    with torch.inference_mode():
+        indices = [2, 5, 8, 11] if family == "nat_isotropic" else None
+        features, stages = model.to(DEVICE).eval().forward_intermediates(images.to(DEVICE), indices)
+        logits = model.forward_head(features).cpu()
+    for i, stage in enumerate(stages[-4:], 1):
+        assert list(stage.shape[1:]) == data[f"stage{i}_shape"].tolist()[1:]
+        seen = data[f"stage{i}_idx"] < stage.numel()  # the samples of the images that were run
+        assert seen.sum() >= 16
+        actual = samples(stage.cpu(), data[f"stage{i}_idx"][seen])
+        std = float(data[f"stage{i}_std"])
+        assert_matches(actual, data[f"stage{i}_sample"][seen], std, case.tolerance, f"stage {i}")
+    expected = data["logits"]
+    assert_matches(logits, expected[: len(logits)], expected.std().item(), case.tolerance, "logits")
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_gradients(family: str) -> None:
+    """Logits and the gradient of the images and of every parameter, in a shrunken model."""
+    found = {}
+    for backend in ("reference", "triton"):
+        model, images = small(family, attn_backend=backend)
+        images.requires_grad_()
+        logits = model(images)
+        logits.square().mean().backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        found[backend] = {"logits": logits.detach(), "images": images.grad, **grads}
+    expected, actual = found["reference"], found["triton"]
+    assert expected.keys() == actual.keys()
+    largest = max(float(e.abs().max()) for k, e in expected.items() if k != "logits")
+    for name, e in expected.items():
+        # a gradient that is zero but for rounding is compared with the largest one
+        size = max(float(e.abs().max()), 0.0 if name == "logits" else 1e-3 * largest)
+        error = float((actual[name] - e).abs().max())
+        assert error <= 5e-5 * size, f"{name}: {error:.2e} of {size:.2e}"
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_the_kernels_are_what_runs(family: str) -> None:
+    """The kernels refuse float64: a model that did not pass its backend on would return logits."""
+    model, images = small(family, attn_backend="triton", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: the kernels compute in float32"):
+        model(images.double())
