@@ -2,7 +2,7 @@
 
     python benchmarks/models.py --threads 2 --out benchmarks/results/models_cpu.json
     python benchmarks/models.py --model nat_tiny --batch 4 --rounds 3
-    python benchmarks/models.py --device cuda --dtype bfloat16 --channels-last --batch 128 [--compile]
+    python benchmarks/models.py --device cuda --dtype bfloat16 --channels-last --batch 128 [--compile]   # or gpu.py
     python benchmarks/models.py --scaling --out benchmarks/results/models_scaling_cpu.json
 
 Peers share the weights and must agree before anything is timed. Their calls are interleaved, round after round, and the
@@ -13,13 +13,16 @@ above the built model. `--scaling` gives the time per pixel at 224, 448 and 896 
 import argparse
 import contextlib
 import functools
+import gc
 import json
+import math
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +52,12 @@ def neighborhood_gather(
 ) -> Tensor:
     """Neighborhood attention by gathering every query's keys and values."""
     height, width = qkv.shape[1:3]
-    sides, steps = _pair(kernel_size), _pair(dilation)
-    rows, rel_h = _windows(height, sides[0], steps[0])
-    cols, rel_w = _windows(width, sides[1], steps[1])
-    keys = (rows[:, None, :, None] * width + cols[None, :, None, :]).flatten(2).flatten(0, 1)  # (N, k * k)
+    tables = _tables if torch.compiler.is_compiling() else _kept_tables
+    keys, pairs = tables((height, width), _pair(kernel_size), _pair(dilation), qkv.device)
     q, k, v = qkv.flatten(1, 2).unbind(2)
     logits = torch.einsum("bnhd,bnkhd->bnhk", q * scale, k[:, keys])
-    table = bias[:, rel_h[:, None, :, None], rel_w[None, :, None, :]].flatten(3).flatten(1, 2).transpose(0, 1)
-    out = torch.einsum("bnhk,bnkhd->bnhd", (logits + table).softmax(-1), v[:, keys])
+    logits = logits + bias.flatten(1)[:, pairs].transpose(0, 1)
+    out = torch.einsum("bnhk,bnkhd->bnhd", logits.softmax(-1), v[:, keys])
     return out.unflatten(1, (height, width))
 
 
@@ -64,11 +65,26 @@ def _pair(x: Any) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else (x[0], x[1])
 
 
-def _windows(length: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
-    token = torch.arange(length)
+def _tables(
+    size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Every query's keys, and where their biases stand in a head's flattened table: (N, k * k) each."""
+    (rows, rel_h), (cols, rel_w) = (_windows(*axis, device) for axis in zip(size, kernel_size, dilation, strict=True))
+    keys = rows[:, None, :, None] * size[1] + cols[None, :, None, :]
+    pairs = rel_h[:, None, :, None] * (2 * kernel_size[1] - 1) + rel_w[None, :, None, :]
+    return keys.flatten(2).flatten(0, 1), pairs.flatten(2).flatten(0, 1)
+
+
+# made once, as a module would; not as inference tensors, which a later training step could not save
+_kept_tables = functools.lru_cache(maxsize=64)(torch.inference_mode(mode=False)(_tables))
+
+
+def _windows(length: int, kernel: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    token = torch.arange(length, device=device)
     phase, query = token % dilation, token // dilation
     count = (length - phase + dilation - 1) // dilation
-    start = torch.minimum((query - kernel // 2).clamp(min=0), count - kernel)[:, None] + torch.arange(kernel)
+    start = torch.minimum((query - kernel // 2).clamp(min=0), count - kernel)[:, None]
+    start = start + torch.arange(kernel, device=device)
     return start * dilation + phase[:, None], start - query[:, None] + kernel - 1
 
 
@@ -201,6 +217,10 @@ ENTRIES = (
         ),
     ),
 )
+GPU_ORDER = (  # the most telling first
+    "nat_tiny", "zoo_maxvit_tiny_tf_224", "biformer_tiny", "zoo_davit_tiny", "van_b0", "zoo_halonet26t", "stvit_small",
+    "litv2_s",
+)  # fmt: skip
 SCALING = ("nat_mini", "zoo_maxvit_pico_rw_256", "zoo_davit_tiny", "van_b0")
 
 
@@ -294,6 +314,213 @@ def _gpu_memory(entry: Entry, peer: bool, step: Callable[[], Any]) -> int:
         step()
         torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) >> 20
+
+
+# ---- on a GPU: each of these runs in a process of its own (gpu.py)
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """A model and its peer in bfloat16 and channels_last; a dry run takes float32 and two images on the CPU."""
+
+    name: str
+    modes: tuple[str, ...] = ("forward", "training")
+    compiled: bool = False
+    dry_run: bool = False
+
+    @property
+    def entry(self) -> Entry:
+        return next(e for e in ENTRIES if e.name == self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry_run else "cuda")
+
+    def batch(self, mode: str) -> int:
+        return 2 if self.dry_run else {"forward": 128, "training": 64}[mode]
+
+    def models(self) -> tuple[nn.Module, nn.Module]:
+        """Ours and the peer, compiled where that is asked for."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+        dtype = torch.float32 if self.dry_run else torch.bfloat16
+        with self.device:  # a GPU draws the initial weights much faster
+            built = build(self.entry, self.device, dtype)
+        ours, peer = (m.to(memory_format=torch.channels_last) for m in built)
+        if self.compiled:
+            backend = "eager" if self.dry_run else "inductor"
+            ours, peer = (torch.compile(m, dynamic=False, backend=backend) for m in (ours, peer))
+        return ours, peer
+
+    def images(self, mode: str, count: int) -> Tensor:
+        """The first images of the mode's batch."""
+        size = timm.models.get_pretrained_cfg(self.name).input_size[-2:]
+        generator = torch.Generator(self.device).manual_seed(0)
+        images = torch.randn(self.batch(mode), 3, *size, device=self.device, generator=generator)[:count]
+        images = images.to(torch.float32 if self.dry_run else torch.bfloat16)
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+def compile_threads(count: int) -> None:
+    """Let the compiler of this process have so many threads."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = count
+
+
+def prepare_gpu(report: Callable[[Any], None], run: GpuRun, which: str) -> None:
+    """A step of ours or of the peer, so that the compilers' caches hold what it needs when it is timed."""
+    model = run.models()[which == "peer"]
+    for mode in run.modes:
+        with replaced(run.entry, which == "peer"):
+            MODES[mode](model, run.images(mode, run.batch(mode)))
+
+
+def measure_gpu(report: Callable[[Any], None], run: GpuRun) -> None:
+    """Images a second and peak memory of ours and of the peer; what is known so far is reported after every step.
+
+    A report is {"rows": one for each mode, "doing": (whose step, which mode) comes next}. A forward counts only where
+    ours is as near to the reference in float32 as the peer is.
+    """
+    base = {"model": run.name, "peer": run.entry.peer, "compiled": run.compiled}
+    rows: dict[str, dict[str, Any]] = {m: base | {"mode": m, "batch": run.batch(m), "notes": {}} for m in run.modes}
+
+    def say(who: str, mode: str) -> None:
+        report({"rows": list(rows.values()), "doing": (who, mode)})
+
+    say("ours", run.modes[0])
+    models = run.models()
+    for mode, row in rows.items():
+        say("ours", mode)
+        try:
+            ours, kept = _ready(run, models[0], mode, False, row["batch"])
+        except Exception as error:
+            row |= {"wrong": f"ERROR {describe(error)}", "traceback": traceback.format_exc()}
+            continue
+        try:
+            row |= _rated(row["batch"], _rates({"ours": ours}, run.device, rounds=2)["ours"])
+        except Exception as error:
+            row |= {"wrong": f"ERROR {describe(error)}", "traceback": traceback.format_exc()}
+            continue
+        say("peer", mode)
+        peer = theirs = None
+        batch = row["batch"]
+        while peer is None:
+            try:
+                peer, theirs = _ready(run, models[1], mode, True, batch)
+            except torch.cuda.OutOfMemoryError:
+                row["notes"]["peer"] = f"out of memory at batch {batch}"
+                batch //= 4
+                if batch == 0:
+                    break
+            except Exception as error:
+                row["notes"]["peer"] = describe(error)
+                break
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        say("ours", mode)
+        try:
+            row |= _compared(run, models[0], mode, kept, theirs)
+            found = _rates({"ours": ours, "peer": peer} if peer else {"ours": ours}, run.device)
+        except Exception as error:
+            row |= {"wrong": f"ERROR {describe(error)}", "traceback": traceback.format_exc()}
+            continue
+        row |= _rated(row["batch"], found["ours"])
+        if peer:
+            rate = batch / found["peer"][0]
+            row |= {"peer_batch": batch, "peer_images_per_second": round(rate, 1), "peer_peak_mib": found["peer"][1]}
+            row["ratio"] = round(row["images_per_second"] / rate, 2)
+    say("", "")
+
+
+def _rated(batch: int, found: tuple[float, int]) -> dict[str, Any]:
+    return {"images_per_second": round(batch / found[0], 1), "peak_mib": found[1]}
+
+
+def _ready(run: GpuRun, model: nn.Module, mode: str, peer: bool, batch: int) -> tuple[Callable[[], Any], Tensor]:
+    """A step that ran once, and the logits of two images (of a training step: its loss)."""
+    images = run.images(mode, batch)
+
+    def step() -> Tensor:
+        with replaced(run.entry, peer):
+            return MODES[mode](model, images)
+
+    out = step()
+    return step, (out[:2] if mode == "forward" else out).float()
+
+
+def _compared(run: GpuRun, model: nn.Module, mode: str, ours: Tensor, peer: Tensor | None) -> dict[str, Any]:
+    """How far ours and the peer are from the reference in float32; "wrong" where ours is much farther."""
+    if not ours.isfinite().all():
+        return {"wrong": "WRONG the output is not finite"}
+    if mode != "forward":
+        return {}
+    with run.device:
+        exact = timm.create_model(run.name, attn_backend="reference")
+    exact.load_state_dict(getattr(model, "_orig_mod", model).state_dict())
+    with torch.no_grad():
+        expected = exact.eval()(run.images(mode, 2).float())
+
+    def error(x: Tensor) -> float:
+        return float((x - expected).square().mean().sqrt() / expected.std())
+
+    found: dict[str, Any] = {"error": error(ours)}
+    if peer is not None:
+        found["peer_error"] = error(peer)
+    if not found["error"] <= 2 * found.get("peer_error", 0.0) + (1e-3 if run.dry_run else 5e-2):
+        found["wrong"] = f"WRONG its error is {found['error']:.2e}, the peer's {found.get('peer_error', math.nan):.2e}"
+    return found
+
+
+def _rates(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 5) -> dict[str, tuple[float, int]]:
+    """Median seconds of a step and the MiB it takes at most; the calls take turns."""
+    if device.type != "cuda":
+        return {name: (_clocked(step), 0) for name, step in steps.items()}
+    memory: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for name, step in steps.items():
+        step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        once = _elapsed(step, 1)
+        memory[name] = (torch.cuda.max_memory_allocated() - before) >> 20
+        counts[name] = max(1, min(50, int(0.2 / once)))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_elapsed(step, counts[name]))
+    return {name: (statistics.median(times[name]), memory[name]) for name in steps}
+
+
+def _elapsed(step: Callable[[], Any], count: int) -> float:
+    """Seconds a step, by the GPU's clock, one after the other as in use."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(count):
+        step()
+    last.record()
+    last.synchronize()
+    return 1e-3 * first.elapsed_time(last) / count
+
+
+def _clocked(step: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+# ---- on a CPU
 
 
 def _memory(entry: Entry, mode: str, peer: bool, options: argparse.Namespace) -> int:

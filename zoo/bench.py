@@ -1,10 +1,14 @@
 """`zoo bench`: time the ops and the models, and fill the table of tile configurations of this machine's GPU."""
 
 import argparse
+import contextlib
 import itertools
+import math
+import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ __all__ = ["main"]
 
 _SCRIPTS = {"ops": "ops.py", "models": "models.py", "gpu": "gpu.py"}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PRELOAD = ("zoo.bench", "zoo.ops", "zoo.ops._local.tuning")
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 
 
@@ -124,7 +129,8 @@ def _problems(batch: int) -> list[Problem]:
     ]
 
 
-def _candidates(kind: str, direction: str) -> list[Any]:
+def _candidates(kind: str, direction: str, heuristic: Any) -> list[Any]:
+    """What may be faster than the heuristic's configuration, the most like it first."""
     from zoo.ops._local.tuning import Config
 
     tiles: tuple[int, ...] = (32, 64, 128)
@@ -132,42 +138,139 @@ def _candidates(kind: str, direction: str) -> list[Any]:
     if kind in ("neighborhood", "window", "grid", "halo"):
         tiles = (4, 8, 16)
         columns = (32, 64, 128, 256) if direction == "forward" else columns
-    return [Config(*c) for c in itertools.product(tiles, columns, (2, 4, 8), (1, 2, 3))]
+    made = [Config(*c) for c in itertools.product(tiles, columns, (2, 4, 8), (1, 2, 3))]
+    return sorted((c for c in made if c != heuristic), key=lambda c: _steps(c, heuristic))
+
+
+def _steps(a: Any, b: Any) -> float:
+    """How many doublings (of stages: additions) apart two configurations are."""
+    doublings = sum(abs(math.log2(getattr(a, n) / getattr(b, n))) for n in ("tile", "columns", "warps"))
+    return doublings + abs(a.stages - b.stages)
 
 
 def _tune(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="zoo bench tune", description="Measure tile configurations on this GPU and write its table."
+        prog="zoo bench tune",
+        description="Measure tile configurations on this GPU and write its table. Candidates are compiled in processes "
+        "side by side and then timed one by one; with a budget those most like the heuristic's come first.",
     )
     parser.add_argument("--kind", action="append", help="only these kinds: neighborhood, window, grid, halo, ...")
     parser.add_argument("--dtype", action="append", choices=_DTYPES, help="default: bfloat16")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds for everything; default: all candidates"
+    )
+    parser.add_argument("--workers", type=int, help="processes that compile; default: the number of CPUs less two")
     parser.add_argument("--out", type=Path, help="default: the table that the ops read")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("`zoo bench tune` measures a GPU, and PyTorch sees none on this machine")
     from zoo.ops._local.tuning import Config, Key, save_table, table_path
 
+    start = time.monotonic()
     device = torch.device("cuda")
-    name = torch.cuda.get_device_name(device)
-    path = options.out or table_path(name)
-    problems = [p for p in _problems(options.batch) if not options.kind or p.name.split()[0] in options.kind]
-    if not problems:
+    path: Path = options.out or table_path(torch.cuda.get_device_name(device))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written; name another file with --out")
+    searches = [
+        Search(number, dtype, options.batch)
+        for dtype in options.dtype or ("bfloat16",)
+        for number, problem in enumerate(_problems(options.batch))
+        if not options.kind or problem.name.split()[0] in options.kind
+    ]
+    if not searches:
         raise UserError(f"no problem is of the kinds {', '.join(options.kind)}")
+    if options.budget < math.inf:
+        searches = _headlines_first(searches)
+    workers = max(0, len(os.sched_getaffinity(0)) - 2) if options.workers is None else options.workers
+    compiled = _compile(searches, workers, start, options.budget) if workers > 1 else None
     table: dict[Key, Config] = {}
-    for dtype in (_DTYPES[d] for d in options.dtype or ("bfloat16",)):
-        for problem in problems:
-            torch.manual_seed(0)
-            tensors = [torch.randn(shape, device=device).to(dtype) for shape in problem.shapes]
-            for key, (config, before, after) in tune_problem(problem.call, tensors, options.repeats).items():
-                table[key] = config
-                print(
-                    f"{problem.name:<24} {key.direction:<16} {key.dtype:<9} {before:8.1f} -> {after:8.1f} us  {config}"
-                )
-            save_table(path, table, environment(device))  # what was measured survives an interruption
+    for number, search in enumerate(searches):
+        left = start + options.budget - time.monotonic()
+        if left <= 0 or (compiled is not None and not compiled[number]):
+            print(f"{search.problem.name:<24} left out, the time was up")
+            continue
+        # every search gets its share of the time
+        end = time.monotonic() + left / (len(searches) - number)
+        allowed = None if compiled is None else compiled[number]
+        found = tune_problem(search.problem.call, search.tensors(), options.repeats, allowed, end)
+        for key, (config, before, after) in found.items():
+            table[key] = config
+            times = f"{before:8.1f} -> {after:8.1f} us"
+            print(f"{search.problem.name:<24} {key.direction:<16} {key.dtype:<9} {times}  {config}")
+        save_table(path, table, environment(device))  # what was measured survives an interruption
     print(f"{len(table)} entries in {path}")
     return 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """A problem of `_problems` in a dtype, as another process can be told of it."""
+
+    number: int
+    dtype: str
+    batch: int
+
+    @property
+    def problem(self) -> Problem:
+        return _problems(self.batch)[self.number]
+
+    def tensors(self) -> list[Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(shape, device="cuda").to(_DTYPES[self.dtype]) for shape in self.problem.shapes]
+
+
+def _headlines_first(searches: Sequence[Search]) -> list[Search]:
+    """The first problem of each kind, then the second of each, and so on."""
+    seen: dict[str, int] = {}
+    ranks = []
+    for search in searches:
+        kind = f"{search.dtype} {search.problem.name.split()[0]}"
+        ranks.append(seen.setdefault(kind, 0))
+        seen[kind] += 1
+    return [search for _, search in sorted(zip(ranks, searches, strict=True), key=lambda pair: pair[0])]
+
+
+Passes = dict[tuple[str, str], list[Any]]  # (kind, direction) -> configurations
+
+
+def _compile(searches: Sequence[Search], workers: int, start: float, budget: float) -> list[Passes]:
+    """Per search, the candidates of each pass that were compiled and ran within 0.6 of the budget."""
+    from zoo import processes
+
+    jobs = [processes.Job(_run_once, (search, None), 60) for search in searches]
+    end = start + 0.3 * budget
+    endings = processes.run(jobs, workers=workers, deadline=end, end=end, preload=_PRELOAD)
+    ranked: list[tuple[int, int, str, str, Any]] = []
+    for number, ending in enumerate(endings):
+        for kind, direction, heuristic in ending.messages[-1] if ending.messages else ():
+            candidates = _candidates(kind, direction, heuristic)
+            ranked += [(rank, number, kind, direction, config) for rank, config in enumerate(candidates)]
+    ranked.sort(key=lambda entry: entry[:2])
+    jobs = [processes.Job(_run_once, (searches[number], entry), 30) for _, number, *entry in ranked]
+    end = start + 0.6 * budget
+    compiled: list[Passes] = [{} for _ in searches]
+    for entry, ending in zip(
+        ranked, processes.run(jobs, workers=workers, deadline=end, end=end, preload=_PRELOAD), strict=True
+    ):
+        if ending.failure is None:
+            _, number, kind, direction, config = entry
+            compiled[number].setdefault((kind, direction), []).append(config)
+    return compiled
+
+
+def _run_once(report: Callable[[Any], None], search: Search, candidate: Sequence[Any] | None) -> None:
+    """A forward and a backward, with a candidate for one pass; reports the passes and what each of them ran."""
+    from zoo.ops._local.tuning import forced, observed
+
+    leaves = [x.requires_grad_() for x in search.tensors()]
+    with observed() as seen, contextlib.nullcontext() if candidate is None else forced(*candidate):
+        out = search.problem.call(*leaves)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        torch.cuda.synchronize()
+    found = {(key.kind, key.direction): config for key, config in seen.items()}
+    report([(kind, direction, config) for (kind, direction), config in found.items()])
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
@@ -178,20 +281,29 @@ def environment(device: torch.device) -> dict[str, str | None]:
     return {"gpu": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
 
 
-def tune_problem(call: Callable[..., Tensor], tensors: Sequence[Tensor], repeats: int) -> dict[Any, Any]:
+def tune_problem(
+    call: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    repeats: int,
+    allowed: Passes | None = None,
+    end: float = math.inf,
+) -> dict[Any, Any]:
     """The best configuration of every launch that the forward and the backward of a call make.
 
     One pass at a time is varied while the others run what they would without tuning. A candidate counts only where
     outputs and gradients agree with those of the heuristic.
 
+    Args:
+        allowed: the candidates per pass; all by default.
+        end: time.monotonic() after which no candidate is begun; until then all passes have their turns.
+
     Returns:
         tuning.Key -> (configuration, microseconds of forward and backward without it, and with it); keys whose
         heuristic is the best are left out.
     """
-    from triton.runtime.errors import OutOfResources
-
     from zoo.ops._local.tuning import forced, observed
 
+    device = tensors[0].device
     leaves = [x.detach().requires_grad_() for x in tensors]
     grad = torch.ones_like(call(*leaves))
 
@@ -202,23 +314,33 @@ def tune_problem(call: Callable[..., Tensor], tensors: Sequence[Tensor], repeats
     with observed() as seen:
         expected = step()
     # one configuration serves all launches of a pass; where a call makes several, the key of each gets it
-    best: dict[Any, Any] = {}
-    for kind, direction in dict.fromkeys((k.kind, k.direction) for k in seen):
-        before = _microseconds(step, tensors[0].device, repeats)
-        found, fastest = None, before
-        for config in _candidates(kind, direction):
-            with forced(kind, direction, config):
-                try:
-                    if not _agree(step(), expected):
-                        continue
-                    time = _microseconds(step, tensors[0].device, repeats)
-                except OutOfResources:
+    heuristics = {(key.kind, key.direction): config for key, config in reversed(seen.items())}
+    if allowed is None:
+        allowed = {each: _candidates(*each, config) for each, config in heuristics.items()}
+    before = statistics.median(step_times(step, device, repeats))
+    fastest: dict[tuple[str, str], tuple[float, Any]] = {}
+    turns = itertools.zip_longest(*([(each, c) for c in allowed.get(each, ())] for each in heuristics))
+    for each, config in (turn for turns_of_a_rank in turns for turn in turns_of_a_rank if turn is not None):
+        if time.monotonic() > end:
+            break
+        best = fastest.get(each, (before, None))[0]
+        with forced(each[0], each[1], config):
+            try:
+                if not _agree(step(), expected) or statistics.median(step_times(step, device, 1)) > 2 * best:
                     continue
-            if time < 0.98 * fastest:
-                found, fastest = config, time
-        if found is not None:
-            best |= {k: (found, before, fastest) for k in seen if (k.kind, k.direction) == (kind, direction)}
-    return best
+                taken = statistics.median(step_times(step, device, repeats))
+            except Exception as error:  # too large for this GPU, or more than its compiler can do
+                print(f"{' '.join(each)}, {config}: {type(error).__name__}", file=sys.stderr)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+        if taken < 0.98 * best:
+            fastest[each] = (taken, config)
+    return {
+        key: (fastest[each][1], before, fastest[each][0])
+        for key in seen
+        if (each := (key.kind, key.direction)) in fastest
+    }
 
 
 def _agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -228,22 +350,51 @@ def _agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     )
 
 
-def _microseconds(step: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of a step on a GPU, by events; elsewhere, for tests, by the clock."""
-    if device.type != "cuda":
-        from time import perf_counter
+def step_times(
+    step: Callable[[], Any], device: torch.device, repeats: int, seconds: float = math.inf, least: int = 1
+) -> list[float]:
+    """Microseconds of `repeats` calls, fewer but `least` where `seconds` are over.
 
-        times = []
-        for _ in range(repeats):
-            start = perf_counter()
+    A GPU's are taken between events, its caches flushed, and the whole call queued before it begins, so that what the
+    host needs to issue it does not count. Elsewhere they are the clock's.
+    """
+    times: list[float] = []
+    start = time.perf_counter()
+    if device.type != "cuda":
+        while len(times) < repeats and (len(times) < least or time.perf_counter() - start < seconds):
+            before = time.perf_counter()
             step()
-            times.append(1e6 * (perf_counter() - start))
-        return statistics.median(times)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+            times.append(1e6 * (time.perf_counter() - before))
+        return times
+    cache = torch.empty(256 << 20, dtype=torch.int8, device=device)  # larger than any cache
     step()
-    for first, last in events:
-        first.record()
-        step()
-        last.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(1e3 * first.elapsed_time(last) for first, last in events)
+    host = min(host_time(step) for _ in range(3))
+    flush = min(_flushed(cache, 1, cache.zero_) for _ in range(3))
+    count = queue_ahead(host, flush)
+    while len(times) < repeats and (len(times) < least or time.perf_counter() - start < seconds):
+        times.append(_flushed(cache, count, step))
+    return times
+
+
+def _flushed(cache: Tensor, flushes: int, step: Callable[[], Any]) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(flushes):
+        cache.zero_()
+    first.record()
+    step()
+    last.record()
+    last.synchronize()
+    return 1e3 * float(first.elapsed_time(last))
+
+
+def queue_ahead(host: float, flush: float, most: int = 64) -> int:
+    """How many flushes keep a GPU busy while the host queues a call, given the microseconds of each."""
+    return min(most, 2 + int(1.5 * host / max(flush, 1.0)))
+
+
+def host_time(step: Callable[[], Any]) -> float:
+    """Microseconds until a call on an idle GPU returns to the host."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    return 1e6 * (time.perf_counter() - start)

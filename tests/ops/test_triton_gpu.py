@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from triton_cases import CASES, check, first
 
@@ -88,7 +87,7 @@ def test_the_models_of_this_file_exist(family: str) -> None:
 
 def train(backend: str | None, steps: int = 200) -> list[float]:
     """Losses of a small NAT on handwritten digits; the batches are the same each time."""
-    digits = load_digits()
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
     images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, size=(32, 32))
     images = images.expand(-1, 3, -1, -1).cuda()
     labels = torch.tensor(digits.target).cuda()
@@ -171,7 +170,7 @@ HUGE: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
 def test_past_two_to_the_31_elements(name: str) -> None:
     """The last image of a huge tensor gets what it gets alone, forward and backward."""
     shape, call = HUGE[name]
-    needs(40)
+    needs(60)
     x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
     assert x[:-1].numel() > 2**31
     x.zero_()
@@ -191,7 +190,7 @@ def test_past_two_to_the_31_elements(name: str) -> None:
 
 @pytest.mark.slow
 def test_large_kernel_past_two_to_the_31_elements() -> None:
-    needs(48)
+    needs(60)
     x = torch.zeros(345, 32, 448, 448, dtype=torch.bfloat16, device="cuda")
     x[-1].normal_()
     weights = []
