@@ -85,29 +85,29 @@ def _add_left(s, picks, x):
 
 
 @triton.jit
-def _table(
-    ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr
-):
-    """[BLOCK_R, BLOCK_D]: the embeddings of the 2 WINDOW - 1 relative positions."""
-    r = tl.arange(0, BLOCK_R)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    return load(ptr, r * D + d, (r < 2 * WINDOW - 1) & (d < D), UPCAST)
+def _embeddings(ptr, axis, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr):
+    """[BLOCK_R, BLOCK_D]: the embeddings of relative rows (axis 0) or columns (1)."""
+    place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    x = tl.load(ptr + axis * BLOCK_R * BLOCK_D + place)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
-def _window_logits(q, embeddings, place, factor, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
-    """[rows, BLOCK_W]: what each window place adds to the logits of a query that stands at `place` of its block."""
+def _window_logits(q, embeddings, place, factor, REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[queries, BLOCK_W]: what the window's places along an axis add to logits. place: of a query in its block."""
     product = tl.dot(q, tl.trans(embeddings), input_precision="ieee") * factor
-    where = tl.arange(0, BLOCK_W)[None, :] - place[:, None] + (WINDOW - 1)
+    where = tl.arange(0, BLOCK_W)[None, :] - place[:, None] + (REL - 1)
     return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 1)
 
 
 @triton.jit
-def _by_embedding(dlogits, place, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
-    """[rows, BLOCK_R]: gradients of window logits, sorted by relative position; the reverse of _window_logits."""
-    where = tl.arange(0, BLOCK_R)[None, :] + place[:, None] - (WINDOW - 1)
+def _by_embedding(dlogits, place, REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[queries, BLOCK_R]: gradients of window logits, sorted by relative position; the reverse of _window_logits."""
+    where = tl.arange(0, BLOCK_R)[None, :] + place[:, None] - (REL - 1)
     picked = tl.gather(dlogits, tl.minimum(tl.maximum(where, 0), BLOCK_W - 1), 1)
-    return tl.where((where >= 0) & (where < WINDOW), picked, 0.0)
+    return tl.where((where >= 0) & (where < REL), picked, 0.0)
 
 
 @triton.jit
@@ -115,24 +115,29 @@ def _key_logits(
     q, embeddings, position, first, factor,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, columns]: what keys first, first + 1, ... of an axis add to the logits of queries at `position`.
+    """[BLOCK_T, queries]: what keys first, first + 1, ... of an axis add to the logits of queries at `position`.
 
-    Blocks have QUERIES queries and KEYS keys.
+    Blocks have QUERIES queries and KEYS keys an axis.
     """
     product = tl.dot(embeddings, tl.trans(q), input_precision="ieee") * factor
-    key = first + tl.arange(0, BLOCK_T)[:, None]
-    origin = position // QUERIES * KEYS + position % QUERIES - (KEYS + 3 * HALO - 1)
-    where = key - origin[None, :]
+    origin = position // QUERIES * KEYS + position % QUERIES - (KEYS + 3 * HALO - 1) - first
+    where = tl.arange(0, BLOCK_T)[:, None] - origin[None, :]
     return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 0)
+
+
+@triton.jit
+def _interleave(rows, columns, N: tl.constexpr, W: tl.constexpr):
+    """[N, 2 W]: what belongs to rows in even places, what belongs to columns in odd ones."""
+    return tl.reshape(tl.join(rows, columns), [N, 2 * W])
 
 
 @triton.jit
 def _attend(
     q, k_image, v_image, table, held, top, total, acc, start, first_h, first_w,
-    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, relative,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of keys enters the running softmax (top, total, acc)."""
@@ -149,11 +154,10 @@ def _attend(
         s = _logits(q, k, held, scale, FOLD)
     else:
         s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
-    w = tl.arange(0, BLOCK_W)
-    if REL_H:
-        s = _add(s, rel_h, (w[:, None] == i[None, :]).to(k.dtype))
-    if REL_W:
-        s = _add(s, rel_w, (w[:, None] == j[None, :]).to(k.dtype))
+    if REL:
+        w = tl.arange(0, 2 * BLOCK_W)[:, None]
+        picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
+        s = _add(s, relative, picks)
     if MASK:
         s = tl.where(inside[None, :], s, float("-inf"))
     final = scale if FOLD else 1.0  # what is left to multiply logits with
@@ -167,7 +171,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, relative_ptr,
     tiles_h_ptr, tiles_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -176,7 +180,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
-    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     QUERIES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -195,6 +199,8 @@ def forward_kernel(
     mask_q = valid_m[:, None] & (d[None, :] < D)
     mask_o = valid_m[:, None] & (e[None, :] < DV)
     q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
+    place_h = qr.to(tl.int32) % QUERIES
+    place_w = qc.to(tl.int32) % QUERIES
     position = (qr * q_width + qc) * heads + head
     table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
     held = 0.0
@@ -204,20 +210,18 @@ def forward_kernel(
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     factor = 1.4426950408889634 / final  # of logits that the scale does not concern
-    rel_h = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    rel_w = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    if REL_H:
-        embeddings_h = _table(rel_h_ptr, D, BLOCK_D, REL_H, BLOCK_R, UPCAST)
-    if REL_W:
-        embeddings_w = _table(rel_w_ptr, D, BLOCK_D, REL_W, BLOCK_R, UPCAST)
+    relative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
+    if REL:
+        embeddings_h = _embeddings(relative_ptr, 0, BLOCK_D, BLOCK_R, UPCAST)
+        embeddings_w = _embeddings(relative_ptr, 1, BLOCK_D, BLOCK_R, UPCAST)
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
         q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
-        if REL_H:
-            rel_h = _window_logits(q, embeddings_h, qr.to(tl.int32) % QUERIES, factor, REL_H, BLOCK_W, BLOCK_R)
-        if REL_W:
-            rel_w = _window_logits(q, embeddings_w, qc.to(tl.int32) % QUERIES, factor, REL_W, BLOCK_W, BLOCK_R)
+        if REL:
+            of_rows = _window_logits(q, embeddings_h, place_h, factor, REL, BLOCK_W, BLOCK_R)
+            of_columns = _window_logits(q, embeddings_w, place_w, factor, REL, BLOCK_W, BLOCK_R)
+            relative = _interleave(of_rows, of_columns, BLOCK_M, BLOCK_W)
         k_image = k_ptr + (b * k_sb + head64 * k_sn)
         v_image = v_ptr + (b * v_sb + head64 * v_sn)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -227,23 +231,23 @@ def forward_kernel(
             for chunk in tl.static_range(CHUNKS):
                 top, total, acc = _attend(
                     q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 top, total, acc = _attend(
                     q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             top, total, acc = _attend(
                 q, k_image, v_image, table, held, top, total, acc, CHUNKS * BLOCK_N, c0_h, c0_w,
-                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL_H, REL_W, BLOCK_W,
+                k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W,
                 SAME_KV, MASK, FOLD, WIDE, UPCAST,
             )  # fmt: skip
         o = acc * (1.0 / total)[:, None]
@@ -254,11 +258,11 @@ def forward_kernel(
 
 @triton.jit
 def _attend_backward(
-    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, start, first_h, first_w,
-    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
+    q, do, lse, delta, k_image, v_image, table, held, dq, drelative, start, first_h, first_w,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, relative,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dq and to the gradients of the relative logits."""
@@ -275,11 +279,10 @@ def _attend_backward(
         s = _logits(q, k, held, scale, FOLD)
     else:
         s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
-    w = tl.arange(0, BLOCK_W)
-    if REL_H:
-        s = _add(s, rel_h, (w[:, None] == i[None, :]).to(k.dtype))
-    if REL_W:
-        s = _add(s, rel_w, (w[:, None] == j[None, :]).to(k.dtype))
+    if REL:
+        w = tl.arange(0, 2 * BLOCK_W)[:, None]
+        picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
+        s = _add(s, relative, picks)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     final = scale if FOLD else 1.0
     p = tl.exp2(s * final - lse[:, None])
@@ -287,16 +290,14 @@ def _attend_backward(
         p = tl.where(inside[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    if REL_H:
-        drel_h = tl.dot(ds.to(k.dtype), (i[:, None] == w[None, :]).to(k.dtype), drel_h, input_precision="ieee")
-    if REL_W:
-        drel_w = tl.dot(ds.to(k.dtype), (j[:, None] == w[None, :]).to(k.dtype), drel_w, input_precision="ieee")
-    return dq, drel_h, drel_w
+    if REL:
+        drelative = tl.dot(ds.to(k.dtype), tl.trans(picks), drelative, input_precision="ieee")
+    return dq, drelative
 
 
 @triton.jit(do_not_specialize=["batch", "share"])
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drel_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drelative_ptr, table_ptr, relative_ptr,
     tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
@@ -305,14 +306,14 @@ def rows_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
-    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     QUERIES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq, the stats that the other passes read, and sums for the embeddings of relative positions; rows are queries.
 
     stats[query] = (log-sum-exp in base 2, delta = sum(o * do)). A program walks the images and tiles of its segment,
-    segments[segment] = (class, which share of it), in a fixed order: drel[segment, head, axis, relative position].
+    segments[segment] = (class, which share of it), in a fixed order: drelative[segment, head, axis, relative position].
     """
     segment = tl.program_id(0)
     head = tl.program_id(1)
@@ -332,13 +333,11 @@ def rows_kernel(
     factor = 1.4426950408889634 / final
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
-    rel_h = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    rel_w = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    if REL_H:
-        embeddings_h = _table(rel_h_ptr, D, BLOCK_D, REL_H, BLOCK_R, UPCAST)
+    relative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
+    if REL:
+        embeddings_h = _embeddings(relative_ptr, 0, BLOCK_D, BLOCK_R, UPCAST)
+        embeddings_w = _embeddings(relative_ptr, 1, BLOCK_D, BLOCK_R, UPCAST)
         total_h = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    if REL_W:
-        embeddings_w = _table(rel_w_ptr, D, BLOCK_D, REL_W, BLOCK_R, UPCAST)
         total_w = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
         tile = tl.load(member_tiles_ptr + member + turn)
@@ -351,6 +350,8 @@ def rows_kernel(
         do_offset = (qr * do_sh + qc * do_sw)[:, None] + e[None, :]
         dq_offset = (qr * dq_sh + qc * dq_sw)[:, None] + d[None, :]
         position = (qr * q_width + qc) * heads + head
+        place_h = qr.to(tl.int32) % QUERIES
+        place_w = qc.to(tl.int32) % QUERIES
         for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
             b = tl.cast(image, tl.int64)
             q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
@@ -362,64 +363,62 @@ def rows_kernel(
             stats = stats_ptr + 2 * b * map_size + 2 * position
             tl.store(stats, lse, mask=valid_m)
             tl.store(stats + 1, delta, mask=valid_m)
-            if REL_H:
-                rel_h = _window_logits(q, embeddings_h, qr.to(tl.int32) % QUERIES, factor, REL_H, BLOCK_W, BLOCK_R)
-            if REL_W:
-                rel_w = _window_logits(q, embeddings_w, qc.to(tl.int32) % QUERIES, factor, REL_W, BLOCK_W, BLOCK_R)
+            if REL:
+                of_rows = _window_logits(q, embeddings_h, place_h, factor, REL, BLOCK_W, BLOCK_R)
+                of_columns = _window_logits(q, embeddings_w, place_w, factor, REL, BLOCK_W, BLOCK_R)
+                relative = _interleave(of_rows, of_columns, BLOCK_M, BLOCK_W)
             k_image = k_ptr + (b * k_sb + head64 * k_sn)
             v_image = v_ptr + (b * v_sb + head64 * v_sn)
             dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            drel_h = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-            drel_w = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+            drelative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
             if UNROLL:
                 for chunk in tl.static_range(CHUNKS):
-                    dq, drel_h, drel_w = _attend_backward(
-                        q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N,
-                        c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
+                    dq, drelative = _attend_backward(
+                        q, do, lse, delta, k_image, v_image, table, held, dq, drelative, chunk * BLOCK_N,
+                        c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
                         SAME_KV, MASK, FOLD, WIDE, UPCAST,
                     )  # fmt: skip
             else:
                 for chunk in range(CHUNKS):
-                    dq, drel_h, drel_w = _attend_backward(
-                        q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, chunk * BLOCK_N,
-                        c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL_H, REL_W, BLOCK_W,
+                    dq, drelative = _attend_backward(
+                        q, do, lse, delta, k_image, v_image, table, held, dq, drelative, chunk * BLOCK_N,
+                        c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
                         SAME_KV, MASK, FOLD, WIDE, UPCAST,
                     )  # fmt: skip
             if TAIL > 0:
-                dq, drel_h, drel_w = _attend_backward(
-                    q, do, lse, delta, k_image, v_image, table, held, dq, drel_h, drel_w, CHUNKS * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, rel_h, rel_w,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL_H, REL_W, BLOCK_W,
+                dq, drelative = _attend_backward(
+                    q, do, lse, delta, k_image, v_image, table, held, dq, drelative, CHUNKS * BLOCK_N, c0_h, c0_w,
+                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
             dq = dq * (scale * 0.6931471805599453)
-            if REL_H:
-                sorted_h = _by_embedding(drel_h, qr.to(tl.int32) % QUERIES, REL_H, BLOCK_W, BLOCK_R).to(q.dtype)
-                dq = tl.dot(sorted_h, embeddings_h, dq, input_precision="ieee")
-                total_h = tl.dot(tl.trans(sorted_h), q, total_h, input_precision="ieee")
-            if REL_W:
-                sorted_w = _by_embedding(drel_w, qc.to(tl.int32) % QUERIES, REL_W, BLOCK_W, BLOCK_R).to(q.dtype)
-                dq = tl.dot(sorted_w, embeddings_w, dq, input_precision="ieee")
-                total_w = tl.dot(tl.trans(sorted_w), q, total_w, input_precision="ieee")
+            if REL:
+                of_rows, of_columns = tl.split(tl.reshape(drelative, [BLOCK_M, BLOCK_W, 2]))
+                by_row = _by_embedding(of_rows, place_h, REL, BLOCK_W, BLOCK_R).to(q.dtype)
+                dq = tl.dot(by_row, embeddings_h, dq, input_precision="ieee")
+                total_h = tl.dot(tl.trans(by_row), q, total_h, input_precision="ieee")
+                by_column = _by_embedding(of_columns, place_w, REL, BLOCK_W, BLOCK_R).to(q.dtype)
+                dq = tl.dot(by_column, embeddings_w, dq, input_precision="ieee")
+                total_w = tl.dot(tl.trans(by_column), q, total_w, input_precision="ieee")
             tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
-    place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_D + d[None, :]
-    out = (tl.cast(segment, tl.int64) * heads + head) * (2 * BLOCK_R * BLOCK_D)
-    if REL_H:
-        tl.store(drel_ptr + out + place, total_h)
-    if REL_W:
-        tl.store(drel_ptr + out + BLOCK_R * BLOCK_D + place, total_w)
+    if REL:
+        place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_D + d[None, :]
+        out = (tl.cast(segment, tl.int64) * heads + head) * (2 * BLOCK_R * BLOCK_D)
+        tl.store(drelative_ptr + out + place, total_h)
+        tl.store(drelative_ptr + out + BLOCK_R * BLOCK_D + place, total_w)
 
 
 @triton.jit
 def _attended_backward(
     k, v, q_image, do_image, stats_image, table, held, dk, dv, start, first_h, first_w,
     step_h, step_w, height, width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-    rel_h, rel_w, row_h, row_w, key_h, key_w, factor,
+    embeddings_h, embeddings_w, key_h, key_w, factor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    TILE_W: tl.constexpr, REL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr,
     FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -441,13 +440,13 @@ def _attended_backward(
         s = _logits(k, q, held, scale, FOLD)
     else:
         s = _logits(k, q, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
-    t = tl.arange(0, BLOCK_T)
-    if REL_H:
-        added = _key_logits(q, rel_h, r.to(tl.int32), key_h, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
-        s = _add_left(s, (row_h[:, None] == t[None, :]).to(q.dtype), added)
-    if REL_W:
-        added = _key_logits(q, rel_w, c.to(tl.int32), key_w, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
-        s = _add_left(s, (row_w[:, None] == t[None, :]).to(q.dtype), added)
+    if REL:
+        rows = _key_logits(q, embeddings_h, r.to(tl.int32), key_h, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
+        columns = _key_logits(q, embeddings_w, c.to(tl.int32), key_w, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
+        added = tl.reshape(tl.permute(tl.join(rows, columns), (0, 2, 1)), [2 * BLOCK_T, BLOCK_N])
+        t = tl.arange(0, 2 * BLOCK_T)[None, :]
+        of_tile = tl.where(t % 2 == 0, (m // TILE_W)[:, None], (m % TILE_W)[:, None])
+        s = _add_left(s, (t // 2 == of_tile).to(q.dtype), added)
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     final = scale if FOLD else 1.0
     p = tl.exp2(s * final - lse[None, :])
@@ -459,7 +458,7 @@ def _attended_backward(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def columns_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, table_ptr, rel_h_ptr, rel_w_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, table_ptr, relative_ptr,
     tiles_h_ptr, tiles_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -469,7 +468,7 @@ def columns_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
-    REL_H: tl.constexpr, REL_W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    REL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr,
     FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -498,12 +497,11 @@ def columns_kernel(
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     factor = 1.4426950408889634 / (scale if FOLD else 1.0)
-    rel_h = 0.0
-    rel_w = 0.0
-    if REL_H:
-        rel_h = _table(rel_h_ptr, D, BLOCK_D, REL_H, BLOCK_R, UPCAST)
-    if REL_W:
-        rel_w = _table(rel_w_ptr, D, BLOCK_D, REL_W, BLOCK_R, UPCAST)
+    embeddings_h = 0.0
+    embeddings_w = 0.0
+    if REL:
+        embeddings_h = _embeddings(relative_ptr, 0, BLOCK_D, BLOCK_R, UPCAST)
+        embeddings_w = _embeddings(relative_ptr, 1, BLOCK_D, BLOCK_R, UPCAST)
 
     for image in range(group * images, min((group + 1) * images, batch)):
         b = tl.cast(image, tl.int64)
@@ -519,26 +517,26 @@ def columns_kernel(
                 dk, dv = _attended_backward(
                     k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                    rel_h, rel_w, m // TILE_W, m % TILE_W, r0, s0, factor,
+                    embeddings_h, embeddings_w, r0, s0, factor,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
-                    REL_H, REL_W, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
+                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 dk, dv = _attended_backward(
                     k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                    rel_h, rel_w, m // TILE_W, m % TILE_W, r0, s0, factor,
+                    embeddings_h, embeddings_w, r0, s0, factor,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
-                    REL_H, REL_W, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
+                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             dk, dv = _attended_backward(
                 k, v, q_image, do_image, stats_image, table, held, dk, dv, CHUNKS * BLOCK_N, c0_h, c0_w,
                 q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                rel_h, rel_w, m // TILE_W, m % TILE_W, r0, s0, factor,
+                embeddings_h, embeddings_w, r0, s0, factor,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS,
-                REL_H, REL_W, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
+                TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
             )  # fmt: skip
         dk = dk * (scale * 0.6931471805599453)
         tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)

@@ -263,18 +263,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _relative_arguments(relative: Relative | None, q: Tensor, tile: int | None = None) -> dict[str, Any]:
-    """Tables in q's dtype and the sizes that go with them; `tile` for the columns kernel: the side of its tiles."""
-    if relative is None:
-        found: dict[str, Any] = {"rel_h_ptr": q, "rel_w_ptr": q, "REL_H": 0, "REL_W": 0, "BLOCK_R": 16}
-        window, block, keys, halo = 1, 1, 1, 0
+    """The embeddings in q's dtype and the sizes that go with them; `tile` for the columns kernel: its tiles' side."""
+    if relative is None or (relative.height is None and relative.width is None):
+        found: dict[str, Any] = {"relative_ptr": q, "REL": 0, "BLOCK_R": 16, "QUERIES": 1}
+        window, keys, halo = 1, 1, 0
     else:
-        block, keys, halo = relative.block // relative.stride, relative.block, relative.halo
+        keys, halo = relative.block, relative.halo
         window = keys + 2 * halo
-        found = {"BLOCK_R": max(16, triton.next_power_of_2(2 * window - 1))}
-        for axis, table in (("h", relative.height), ("w", relative.width)):
-            found[f"rel_{axis}_ptr"] = q if table is None else table.to(q.dtype).contiguous()
-            found[f"REL_{axis.upper()}"] = 0 if table is None else window
-    found["QUERIES"] = block
+        rows = max(16, triton.next_power_of_2(2 * window - 1))
+        embeddings = q.new_zeros(2, rows, max(16, triton.next_power_of_2(q.shape[-1])))
+        for axis, table in enumerate((relative.height, relative.width)):
+            if table is not None:
+                embeddings[axis, : table.shape[0], : table.shape[1]] = table
+        found = {"relative_ptr": embeddings, "REL": window, "BLOCK_R": rows, "QUERIES": keys // relative.stride}
     if tile is None:
         return found | {"BLOCK_W": max(16, triton.next_power_of_2(window))}
     return found | {"KEYS": keys, "HALO": halo, "BLOCK_T": max(16, triton.next_power_of_2(tile))}

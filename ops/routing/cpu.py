@@ -74,8 +74,11 @@ def check_range(index: Tensor) -> None:
 
 
 def _image_groups(q: Tensor) -> Iterator[slice]:
-    """Slices of the batch: small temporaries stay in the cache and are not handed back to the system in between."""
-    step = max(1, _GROUP_ELEMENTS // max(1, q[:1].numel()))
+    """Slices of the batch: small temporaries stay in the cache and are not handed back to the system in between.
+
+    Elsewhere than on a CPU, where each would be a round of kernel launches, the batch is one slice.
+    """
+    step = max(1, _GROUP_ELEMENTS // max(1, q[:1].numel())) if q.device.type == "cpu" else max(1, q.shape[0])
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 

@@ -181,7 +181,13 @@ def _place(q: Tensor) -> str:
 
 
 def _index_impl(q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, backend: str) -> Tensor:
-    return cpu.routing_index(q, k, (region_height, region_width), topk)
+    region = (region_height, region_width)
+    if runs_triton("routing_index", backend, q):
+        from .kernels import routing_index_triton, sorts_in_a_kernel
+
+        if sorts_in_a_kernel(q, region):
+            return routing_index_triton(q, k, region, topk)
+    return cpu.routing_index(q, k, region, topk)
 
 
 def _index_fake(q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, backend: str) -> Tensor:

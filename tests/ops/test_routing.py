@@ -1,5 +1,6 @@
 """routing_attention: recorded cases, the CPU path against the definition, registration, errors."""
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from golden import npz
 from torch import Tensor
 from torch.nn import functional as F
+from triton_cases import DEVICE
 
 from zoo.ops.routing import cpu, routing_attention, routing_index
 
@@ -391,6 +393,20 @@ def test_compiles_to_one_graph(name: str, backend: str) -> None:
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_to_one_graph_under_autocast(backend: str) -> None:
+    tensors, _, kwargs = inputs("gathered", torch.float32)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return routing_attention(q, k, v, **kwargs, backend=backend)
+
+    expected = function(*tensors)
+    out = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)(*tensors)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
 def test_exports() -> None:
     class Module(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -456,6 +472,105 @@ def test_without_flash_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     expected = forward_and_grads(tensors, grad, **kwargs, backend="reference")
     for a, e in zip(forward_and_grads(tensors, grad, **kwargs, backend="cpu"), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+# Triton kernels, further than tests/ops/test_triton.py ----------------------------------------------------------------
+
+FORMS = {"listed": ((8, 6), 2, 3), "dense": ((6, 8), (3, 4), 7)}  # size, regions, topk
+
+
+def triton_case(form: str, key_size: tuple[int, int] | None = None) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Leaves, gradient and arguments; the given index names regions twice and thrice."""
+    size, regions, topk = FORMS[form]
+    rows, cols = (regions, regions) if isinstance(regions, int) else regions
+    tensors = [torch.randn(2, *s, 2, 8, device=DEVICE) for s in (size, key_size or size, key_size or size)]
+    index = torch.randint(0, rows * cols, (2, rows * cols, topk), device=DEVICE)
+    index[:, :, 1] = index[:, :, 0]
+    index[:, ::2, 2] = index[:, ::2, 0]
+    kwargs = {"regions": regions, "topk": topk, "index": index}
+    return [x.requires_grad_() for x in tensors], torch.randn(2, *size, 2, 8, device=DEVICE), kwargs
+
+
+def assert_triton_matches(tensors: list[Tensor], grad: Tensor, kwargs: dict[str, Any]) -> list[Tensor]:
+    expected = forward_and_grads(tensors, grad, **kwargs, backend="reference")
+    actual = forward_and_grads(tensors, grad, **kwargs, backend="triton")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-5 * float(e.abs().max()) + 1e-9)
+    return actual
+
+
+@pytest.fixture
+def forms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Which form the calls took: True is the dense one."""
+    kernels = pytest.importorskip("zoo.ops.routing.kernels")
+    taken: list[bool] = []
+    decide = kernels._is_dense
+    monkeypatch.setattr(kernels, "_is_dense", lambda *args: taken.append(decide(*args)) or taken[-1])
+    return taken
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.4, 0.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_scales_and_repeated_regions(form: str, scale: float, forms: list[bool]) -> None:
+    tensors, grad, kwargs = triton_case(form)
+    assert_triton_matches(tensors, grad, {**kwargs, "scale": scale})
+    assert set(forms) == {form == "dense" and scale != 0}
+
+
+@pytest.mark.parametrize("key_size", [(4, 2), (12, 12)], ids=str)
+def test_triton_keys_of_another_resolution(key_size: tuple[int, int]) -> None:
+    assert_triton_matches(*triton_case("listed", key_size))
+
+
+def test_triton_dense_keys_of_another_resolution(forms: list[bool]) -> None:
+    assert_triton_matches(*triton_case("dense", (9, 4)))  # regions of 3 x 1 keys: three of four places are filled
+    assert set(forms) == {True}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_offsets_of_64_bits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("zoo.ops.routing.kernels")
+    tensors, grad, kwargs = triton_case(form)
+    narrow = assert_triton_matches(tensors, grad, kwargs)
+    monkeypatch.setattr(kernels, "fits_int32", lambda *tensors: False)
+    for a, b in zip(forward_and_grads(tensors, grad, **kwargs, backend="triton"), narrow, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", [(32, 32, 8, 1), (128, 128, 2, 3)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_configurations(form: str, config: tuple[int, int, int, int]) -> None:
+    """What `zoo bench tune` may try, in every pass."""
+    tuning = pytest.importorskip("zoo.ops._local.tuning")
+    with contextlib.ExitStack() as stack:
+        for direction in ("forward", "rows", "columns"):
+            stack.enter_context(tuning.forced("routing", direction, tuning.Config(*config)))
+        assert_triton_matches(*triton_case(form))
+
+
+@pytest.mark.parametrize(
+    ("size", "regions", "topk", "padding"),
+    [((14, 7), 7, 16, "none"), ((13, 11), (4, 3), 5, "zero"), ((5, 3), 7, 15, "zero")],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_index(size: tuple[int, int], regions: Any, topk: int, padding: str, dtype: torch.dtype) -> None:
+    """On whole numbers, where every order of summing is exact and ties are frequent, the definition's own choice."""
+    pytest.importorskip("triton")
+    x = torch.randint(-1, 2, (2, *size, 6, 12), device=DEVICE).to(dtype) * 36  # 36: means are whole numbers too
+    q, k = x[..., :3, :], x[..., 3:, :]
+    kwargs = {"regions": regions, "topk": topk, "padding": padding}
+    index = routing_index(q, k, **kwargs, backend="triton")
+    assert torch.equal(index, routing_index(q, k, **kwargs, backend="reference"))
+    assert torch.equal(index[1:], routing_index(q[1:], k[1:], **kwargs, backend="triton"))
+
+
+def test_more_regions_than_the_index_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("zoo.ops.routing.kernels")
+    x = torch.randn(2, 6, 6, 1, 8, device=DEVICE)
+    expected = routing_index(x, x, 3, 4, backend="triton")
+    monkeypatch.setattr(kernels, "_MOST_SORTED", 8)
+    assert torch.equal(routing_index(x, x, 3, 4, backend="triton"), expected)
 
 
 # errors ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Measured where PyTorch's CPU allocator hands out memory, with the kernels in the
 numpy, and so is not counted). The limits are those that the READMEs of the ops state.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it counts wha
 
 def peak_extra_memory(function: Callable[[], Any]) -> int:
     """Largest number of bytes that PyTorch's CPU allocator held at once during function(), above the start."""
+    gc.collect()  # what the interpreter left in cycles would be freed inside, and count as negative
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     assert profile.profiler is not None
@@ -68,11 +70,12 @@ def channels_last(case: Case) -> Case:
 
 # a call on `batch` images; what forward and backward hold at most per further image, in units of its inputs
 GROWTH: dict[str, tuple[Callable[[int], Case], float, float]] = {
-    "neighborhood-3": (lambda b: neighborhood((12, 12), 3, batch=b, dim=16), 0.36, 1.06),
-    "neighborhood-7": (lambda b: neighborhood((12, 12), 7, batch=b, dim=16), 0.36, 1.06),
-    "window": (lambda b: window((8, 8), 4, batch=b, dim=16), 0.36, 1.06),
-    "halo": (lambda b: halo((8, 8), 4, 1, batch=b, dim=16), 0.36, 1.06),
-    "routing": (lambda b: routing((8, 8), 2, 2, batch=b, dim=16), 0.36, 1.06),
+    "neighborhood-3": (lambda b: neighborhood((12, 12), 3, batch=b, dim=16), 0.36, 1.07),
+    "neighborhood-7": (lambda b: neighborhood((12, 12), 7, batch=b, dim=16), 0.36, 1.07),
+    "window": (lambda b: window((8, 8), 4, batch=b, dim=16), 0.36, 1.07),
+    "halo": (lambda b: halo((8, 8), 4, 1, batch=b, dim=16), 0.36, 1.07),
+    "routing": (lambda b: routing((8, 8), 2, 2, batch=b, dim=16), 0.36, 1.07),
+    "routing-dense": (lambda b: routing((14, 14), 7, 16, batch=b, dim=64), 0.36 + 0.15, 1.06 + 2 * 0.17),
     "channel": (lambda b: channel(256, batch=b, dim=8), 0.4, 1.06),
     "sampling": (lambda b: sampling((8, 8), 4, batch=b), 0.7, 1.6),
     "mapping": (lambda b: mapping((8, 8), 4, batch=b), 1.65, 1.05),
@@ -98,7 +101,7 @@ def test_growth_with_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_PARTIALS", 1)
     small, large = (peaks(neighborhood((n, 8), 5, dim=16)) for n in (24, 40))
     assert large[0] - small[0] <= 0.36 * (large[2] - small[2])
-    assert large[1] - small[1] <= 1.06 * (large[2] - small[2])
+    assert large[1] - small[1] <= 1.07 * (large[2] - small[2])
 
 
 def test_partial_sums_of_the_bias_gradient_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
