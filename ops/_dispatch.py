@@ -5,12 +5,16 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "register_op", "require", "resolve_backend", "resolve_scale", "runs_triton", "without_triton"]
+__all__ = [
+    "LIBRARY", "autocast_dtype", "no_autocast", "register_op", "require", "resolve_backend", "resolve_scale",
+    "runs_triton", "without_triton",
+]  # fmt: skip
 
 LIBRARY = torch.library.Library("zoo", "DEF")
 
@@ -24,6 +28,24 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What an active autocast region makes of floating tensors on x's device; None outside of one."""
+    device = x.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Switch autocast off on x's device."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+def _has_autocast(device: str) -> bool:
+    return device != "meta"  # torch.amp.is_autocast_available says it too, but breaks graphs in torch 2.11
 
 
 def resolve_scale(scale: float | None, dim: int) -> float:

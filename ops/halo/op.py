@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
+from zoo.ops._dispatch import (
+    autocast_dtype,
+    register_op,
+    require,
+    resolve_backend,
+    resolve_scale,
+    runs_triton,
+    without_triton,
+)
 
 from .cpu import halo_attention_backward_cpu, halo_attention_cpu
 from .reference import halo_attention_reference
@@ -100,7 +108,7 @@ def _check(
     for name, tensor in {"k": k, "v": v, **tables}.items():
         if tensor is not None:
             require(tensor.device == q.device, f"{_NAME}: {name} is on {tensor.device}, q on {q.device}")
-            same = tensor.dtype == q.dtype or torch.is_autocast_enabled(q.device.type)
+            same = tensor.dtype == q.dtype or autocast_dtype(q) is not None
             require(same, f"{_NAME}: {name} has dtype {tensor.dtype}, q has {q.dtype}")
     return _stride(q, k, block_size)
 

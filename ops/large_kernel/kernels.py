@@ -1,10 +1,12 @@
 """Triton kernels of large kernel attention: depth-wise convolutions, and the 1x1 product with its gate.
 
-All strides are given, so NCHW and channels_last maps are read in place. Weight gradients are summed per share of the
-pixels and then over the shares: a fixed order, nothing atomic.
+The convolutions read and write maps whose channels have unit stride, a column of output pixels per thread, so that a
+pixel is loaded and widened once for all the pixels of the column that it reaches. Weight gradients are summed per
+share of the pixels and then over the shares: a fixed order, nothing atomic.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
@@ -13,220 +15,334 @@ from torch import Tensor
 
 from zoo.ops._local import tuning
 from zoo.ops._local.tuning import Config
+from zoo.ops._triton import INTERPRET, block, load, upcast
 
 __all__ = ["large_kernel_attention_backward_triton", "large_kernel_attention_triton"]
 
-_INTERPRET = triton.knobs.runtime.interpret
+_MOST_ROWS = 7  # kernel rows whose weights a thread holds at once
+_MOST_OUTPUTS = 10  # of a column that a thread sums at once
+_MOST_TAPS = 56  # taps whose gradients a thread sums at once
+_MOST_PROGRAMS = 1024  # of a weight gradient: each writes its own partial sums
 
 
 @triton.jit
-def _load(ptr, offsets, mask, UPCAST: tl.constexpr):
-    x = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+def _wide(x):
+    """To float32. A bfloat16 is the upper half of one: a shift or a mask, where a conversion takes two instructions."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _depthwise_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, height, width, x_sb, x_sc, x_sh, x_sw, y_sb, y_sc, y_sh, y_sw,
+    x_ptr, w_ptr, bias_ptr, y_ptr, strips, height, width, x_sb, x_sh, x_sw, y_sb, y_sh, y_sw,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, BIAS: tl.constexpr,
-    FLIP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    FLIP: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y[p, c] = bias[c] + sum over taps of w[c, tap] * x[p + tap, c]; FLIP gives the transposed convolution."""
-    b = tl.cast(tl.program_id(2), tl.int64)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    ch = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    h = p // width
-    w = p % width
-    mask_p = p < height * width
-    mask_c = ch < C
-    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    """y[p, c] = bias[c] + sum over taps of w[tap, c] * x[p + tap, c]; FLIP gives the transposed convolution.
+
+    A strip is ROWS outputs, DILATION apart, of one column of one image. TAPS: kernel rows held at once.
+    """
+    CHUNKS: tl.constexpr = (KH + TAPS - 1) // TAPS
+    EVEN: tl.constexpr = C % BLOCK_C == 0
+    strip = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    group = tl.program_id(1)
+    top = group // DILATION * (ROWS * DILATION) + group % DILATION
+    b = (strip // width).to(tl.int64)
+    w = strip % width
+    # whole tiles of weights, though alike in every strip: they then arrive in the layout that the pixels have
+    ch = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] + tl.zeros([BLOCK_P, 1], tl.int32)
+    base = x_ptr + ((b * x_sb + w.to(tl.int64) * x_sw)[:, None] + ch)
+    first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     if BIAS:
-        acc += tl.load(bias_ptr + ch, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    for tap in range(KH * KW):
-        r = h + (tap // KW - KH // 2) * DILATION
-        c = w + (tap % KW - KW // 2) * DILATION
-        inside = mask_p & (r >= 0) & (r < height) & (c >= 0) & (c < width)
-        offset = (r.to(tl.int64) * x_sh + c.to(tl.int64) * x_sw)[:, None] + (ch.to(tl.int64) * x_sc)[None, :]
-        x = tl.load(x_ptr + b * x_sb + offset, mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        where = KH * KW - 1 - tap if FLIP else tap
-        weight = tl.load(w_ptr + ch * (KH * KW) + where, mask=mask_c, other=0.0).to(tl.float32)
-        acc += x * weight[None, :]
-    offset = (h.to(tl.int64) * y_sh + w.to(tl.int64) * y_sw)[:, None] + (ch.to(tl.int64) * y_sc)[None, :]
-    tl.store(y_ptr + b * y_sb + offset, acc.to(y_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_c[None, :])
+        first = tl.load(bias_ptr + ch, mask=None if EVEN else ch < C).to(tl.float32)
+    acc = (first,) * ROWS
+    for step in range(KW * CHUNKS):
+        kw = step % KW if CHUNKS > 1 else step
+        above = step // KW * TAPS if CHUNKS > 1 else 0
+        shift = (kw - KW // 2) * DILATION
+        inside = ((strip < strips) & (w + shift >= 0) & (w + shift < width))[:, None]
+        inside = tl.broadcast_to(inside, [BLOCK_P, BLOCK_C]) if EVEN else inside & (ch < C)
+        column = base + tl.cast(shift, tl.int64) * x_sw
+        taps = ()
+        for i in tl.static_range(TAPS):
+            tap = (above + i) * KW + kw
+            where = (KH * KW - 1 - tap if FLIP else tap) * C + ch
+            if CHUNKS * TAPS > KH:
+                taps += (tl.load(w_ptr + where, mask=ch < tl.where(above + i < KH, C, 0), other=0.0),)  # type: ignore[assignment]
+            elif EVEN:
+                taps += (tl.load(w_ptr + where),)  # type: ignore[assignment]
+            else:
+                taps += (tl.load(w_ptr + where, mask=ch < C, other=0.0),)  # type: ignore[assignment]
+        for i in tl.static_range(ROWS + TAPS - 1):
+            row = top + (above + i - KH // 2) * DILATION
+            if (row >= 0) & (row < height):
+                x = _wide(tl.load(column + tl.cast(row, tl.int64) * x_sh, mask=inside, other=0.0))
+                sums = ()
+                for j in tl.static_range(ROWS):
+                    if i - j >= 0 and i - j < TAPS:
+                        sums += (acc[j] + x * taps[i - j],)  # type: ignore[assignment]
+                    else:
+                        sums += (acc[j],)  # type: ignore[assignment]
+                acc = sums
+    out = y_ptr + ((b * y_sb + w.to(tl.int64) * y_sw)[:, None] + ch)
+    if EVEN:
+        inside = tl.broadcast_to((strip < strips)[:, None], [BLOCK_P, BLOCK_C])
+    else:
+        inside = (strip < strips)[:, None] & (ch < C)
+    for j in tl.static_range(ROWS):
+        row = top + j * DILATION
+        if row < height:
+            tl.store(out + tl.cast(row, tl.int64) * y_sh, acc[j].to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _depthwise_weight_kernel(
-    x_ptr, g_ptr, dw_ptr, db_ptr, pixels, height, width, share,
-    x_sb, x_sc, x_sh, x_sw, g_sb, g_sc, g_sh, g_sw,
+    x_ptr, g_ptr, dw_ptr, db_ptr, rows, height, width, share, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dw[split, c, row, :] and db[split, c]: one kernel row's gradient, summed over a share of all pixels."""
+    """dw[split, c, tap] and db[split, c], summed over a share of all rows: BLOCK_P rows at a time, from left to right.
+
+    TAPS kernel rows are summed by a program. A pixel of x meets the KW pixels of the gradient that are held.
+    """
+    EVEN: tl.constexpr = C % BLOCK_C == 0
+    HALF: tl.constexpr = KW // 2
     split = tl.program_id(0)
     ch = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = tl.program_id(2)
-    mask_c = ch < C
-    taps = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(split * share, min((split + 1) * share, pixels), BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask_p = p < min((split + 1) * share, pixels)
-        b = (p // (height * width)).to(tl.int64)
-        h = p % (height * width) // width
-        w = p % width
-        g_offset = (b * g_sb + h.to(tl.int64) * g_sh + w.to(tl.int64) * g_sw)[:, None] + (ch.to(tl.int64) * g_sc)[
-            None, :
-        ]
-        g = tl.load(g_ptr + g_offset, mask=mask_p[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(g, 0)
-        r = h + (row - KH // 2) * DILATION
-        for tap in range(KW):
-            c = w + (tap - KW // 2) * DILATION
-            inside = mask_p & (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            x_offset = (b * x_sb + r.to(tl.int64) * x_sh + c.to(tl.int64) * x_sw)[:, None] + (ch.to(tl.int64) * x_sc)[
-                None, :
-            ]
-            x = tl.load(x_ptr + x_offset, mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-            acc += tl.where((taps == tap)[:, None], tl.sum(x * g, 0)[None, :], 0.0)
-    place = ((split * C + ch)[None, :] * KH + row) * KW + taps[:, None]
-    tl.store(dw_ptr + place, acc, mask=(taps < KW)[:, None] & mask_c[None, :])
-    if row == 0:
-        tl.store(db_ptr + split * C + ch, total, mask=mask_c)
+    above = tl.program_id(2) * TAPS
+    zero = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    acc = (zero,) * (TAPS * KW)
+    total = zero
+    last = min((split + 1) * share, rows)
+    for start in range(split * share, last, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        b = (row // height).to(tl.int64)
+        h = (row % height).to(tl.int64)
+        mask_c = (ch >= 0 if EVEN else ch < C)[None, :]
+        r = h + (above - KH // 2) * DILATION
+        g_row = g_ptr + ((b * g_sb + h * g_sh)[:, None] + ch[None, :])
+        x_row = x_ptr + ((b * x_sb + r * x_sh)[:, None] + ch[None, :])
+        for phase in range(DILATION):
+            count = (width - phase + DILATION - 1) // DILATION
+            held = (zero,) * (KW - 1)
+            for i in tl.static_range(HALF):
+                c = phase + i * DILATION
+                mask = (row < tl.where(c < width, last, 0))[:, None] & mask_c
+                g = _wide(tl.load(g_row + tl.cast(c, tl.int64) * g_sw, mask=mask, other=0.0))
+                total += g
+                held = (g,) + held[: KW - 2]
+            for q in range(count):
+                c = phase + q * DILATION
+                ahead = c + HALF * DILATION
+                mask = (row < tl.where(ahead < width, last, 0))[:, None] & mask_c
+                g = _wide(tl.load(g_row + tl.cast(ahead, tl.int64) * g_sw, mask=mask, other=0.0))
+                total += g
+                held = (g,) + held
+                sums = ()
+                for i in tl.static_range(TAPS):
+                    end = tl.where(above + i < KH, height, 0)
+                    there = (row < last) & (r + i * DILATION >= 0) & (r + i * DILATION < end)
+                    place = tl.cast(i * DILATION, tl.int64) * x_sh + tl.cast(c, tl.int64) * x_sw
+                    x = _wide(tl.load(x_row + place, mask=there[:, None] & mask_c, other=0.0))
+                    for t in tl.static_range(KW):
+                        sums += (acc[i * KW + t] + x * held[t],)  # type: ignore[assignment]
+                acc = sums
+                held = held[: KW - 1]
+    for i in tl.static_range(TAPS):
+        for t in tl.static_range(KW):
+            place = ((split * C + ch) * KH + above + i) * KW + t
+            tl.store(dw_ptr + place, tl.sum(acc[i * KW + t], 0), mask=ch < tl.where(above + i < KH, C, 0))
+    if above == 0:
+        tl.store(db_ptr + split * C + ch, tl.sum(total, 0), mask=ch < C)
 
 
 @triton.jit
 def _pointwise_kernel(
-    a_ptr, gate_ptr, w_ptr, bias_ptr, out_gate_ptr, y_ptr, height, width,
-    a_sb, a_sc, a_sh, a_sw, gate_sb, gate_sc, gate_sh, gate_sw, out_gate_sb, out_gate_sc, out_gate_sh, out_gate_sw,
-    y_sb, y_sc, y_sh, y_sw, w_in, w_out,
-    C: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, OUT_GATE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr, UPCAST: tl.constexpr,
+    a_ptr, gate_ptr, w_ptr, bias_ptr, out_gate_ptr, add_ptr, y_ptr, pixels,
+    a_sb, a_sc, a_sp, gate_sb, gate_sc, gate_sp, out_gate_sb, out_gate_sc, out_gate_sp, add_sb, add_sc, add_sp,
+    y_sb, y_sc, y_sp, w_in, w_out,
+    C: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, OUT_GATE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """y = ((a * gate) @ w + bias) * out_gate per pixel; each of gate, bias and out_gate is optional."""
-    b = tl.cast(tl.program_id(2), tl.int64)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """y = ((a * gate) @ w + bias) * out_gate + add per pixel; each of gate, bias, out_gate and add is optional.
+
+    A program's first pixel is added to the pointers in 64 bits; WIDE: offsets from there need them too.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    p = tl.arange(0, BLOCK_P)[:, None]
     co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    h = (p // width).to(tl.int64)
-    w = (p % width).to(tl.int64)
-    mask_p = p < height * width
+    mask_p = p < pixels - first
+    if WIDE:
+        p = p.to(tl.int64)
+        co = co.to(tl.int64)
     acc = tl.zeros([BLOCK_P, BLOCK_CO], tl.float32)
     for start in range(0, C, BLOCK_CI):
-        ci = (start + tl.arange(0, BLOCK_CI)).to(tl.int64)
-        mask = mask_p[:, None] & (ci < C)[None, :]
-        a = _load(a_ptr, b * a_sb + (h * a_sh + w * a_sw)[:, None] + (ci * a_sc)[None, :], mask, UPCAST)
+        ci = start + tl.arange(0, BLOCK_CI)
+        if WIDE:
+            ci = ci.to(tl.int64)
+        mask = mask_p if C % BLOCK_CI == 0 else mask_p & (ci < C)[None, :]
+        a = load(a_ptr + (b * a_sb + first * a_sp), p * a_sp + ci[None, :] * a_sc, mask, UPCAST)
         if GATE:
-            offset = b * gate_sb + (h * gate_sh + w * gate_sw)[:, None] + (ci * gate_sc)[None, :]
-            a = (a.to(tl.float32) * tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)).to(a.dtype)
-        weight = _load(w_ptr, ci[:, None] * w_in + co[None, :] * w_out, (ci < C)[:, None] & (co < C)[None, :], UPCAST)
-        acc += tl.dot(a, weight.to(a.dtype), input_precision="ieee")
+            offsets = p * gate_sp + ci[None, :] * gate_sc
+            gate = load(gate_ptr + (b * gate_sb + first * gate_sp), offsets, mask, UPCAST)
+            a = (_wide(a) * _wide(gate)).to(a.dtype)
+        mask = (ci < C)[:, None] & (co < C)[None, :]
+        weight = load(w_ptr, ci[:, None] * w_in + co[None, :] * w_out, mask, UPCAST)
+        acc += tl.dot(a, weight, input_precision="ieee")
+    co = co[None, :]
     if BIAS:
-        acc += tl.load(bias_ptr + co, mask=co < C, other=0.0).to(tl.float32)[None, :]
-    mask = mask_p[:, None] & (co < C)[None, :]
-    co = co.to(tl.int64)
+        acc += tl.load(bias_ptr + co, mask=co < C, other=0.0).to(tl.float32)
+    mask = mask_p if C % BLOCK_CO == 0 else mask_p & (co < C)
     if OUT_GATE:
-        offset = b * out_gate_sb + (h * out_gate_sh + w * out_gate_sw)[:, None] + (co * out_gate_sc)[None, :]
-        acc *= tl.load(out_gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    offset = b * y_sb + (h * y_sh + w * y_sw)[:, None] + (co * y_sc)[None, :]
-    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc *= _wide(
+            load(
+                out_gate_ptr + (b * out_gate_sb + first * out_gate_sp), p * out_gate_sp + co * out_gate_sc, mask, UPCAST
+            )
+        )
+    if ADD:
+        acc += _wide(load(add_ptr + (b * add_sb + first * add_sp), p * add_sp + co * add_sc, mask, UPCAST))
+    tl.store(y_ptr + (b * y_sb + first * y_sp) + (p * y_sp + co * y_sc), acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _pointwise_weight_kernel(
-    a_ptr, g_ptr, gate_ptr, dw_ptr, db_ptr, pixels, area, width, share,
-    a_sb, a_sc, a_sh, a_sw, g_sb, g_sc, g_sh, g_sw, gate_sb, gate_sc, gate_sh, gate_sw,
-    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr, UPCAST: tl.constexpr,
+    a_ptr, g_ptr, gate_ptr, dw_ptr, db_ptr, tiles, tiles_of_image, pixels, share,
+    a_sb, a_sc, a_sp, g_sb, g_sc, g_sp, gate_sb, gate_sc, gate_sp,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dw[split, co, ci] = sum of (g * gate)[p, co] * a[p, ci], db[split, co] = sum of (g * gate)[p, co]."""
     split = tl.program_id(0)
-    co = (tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)).to(tl.int64)
-    ci = (tl.program_id(2) * BLOCK_CI + tl.arange(0, BLOCK_CI)).to(tl.int64)
+    co = (tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO))[None, :]
+    ci = (tl.program_id(2) * BLOCK_CI + tl.arange(0, BLOCK_CI))[None, :]
+    p = tl.arange(0, BLOCK_P)[:, None]
+    if WIDE:
+        p = p.to(tl.int64)
+    g_offset = p * g_sp + co * g_sc
+    gate_offset = p * gate_sp + co * gate_sc
+    a_offset = p * a_sp + ci * a_sc
     acc = tl.zeros([BLOCK_CO, BLOCK_CI], tl.float32)
-    total = tl.zeros([BLOCK_CO], tl.float32)
-    for start in range(split * share, min((split + 1) * share, pixels), BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask_p = p < min((split + 1) * share, pixels)
-        b = (p // area).to(tl.int64)
-        h = (p % area // width).to(tl.int64)
-        w = (p % width).to(tl.int64)
-        mask = mask_p[:, None] & (co < C)[None, :]
-        g = _load(g_ptr, (b * g_sb + h * g_sh + w * g_sw)[:, None] + (co * g_sc)[None, :], mask, UPCAST)
-        gate = tl.load(
-            gate_ptr + (b * gate_sb + h * gate_sh + w * gate_sw)[:, None] + (co * gate_sc)[None, :],
-            mask=mask,
-            other=0.0,
-        )
-        t = (g.to(tl.float32) * gate.to(tl.float32)).to(g.dtype)
-        total += tl.sum(t.to(tl.float32), 0)
-        mask = mask_p[:, None] & (ci < C)[None, :]
-        a = _load(a_ptr, (b * a_sb + h * a_sh + w * a_sw)[:, None] + (ci * a_sc)[None, :], mask, UPCAST)
-        acc += tl.dot(tl.trans(t), a.to(t.dtype), input_precision="ieee")
-    mask = (co < C)[:, None] & (ci < C)[None, :]
-    tl.store(dw_ptr + (split * C + co)[:, None] * C + ci[None, :], acc, mask=mask)
+    total = tl.zeros([BLOCK_P, BLOCK_CO], tl.float32)
+    for tile in range(split * share, min((split + 1) * share, tiles)):
+        b = (tile // tiles_of_image).to(tl.int64)
+        first = (tile % tiles_of_image).to(tl.int64) * BLOCK_P
+        mask_p = p < pixels - first
+        mask = mask_p if C % BLOCK_CO == 0 else mask_p & (co < C)
+        g = load(g_ptr + (b * g_sb + first * g_sp), g_offset, mask, UPCAST)
+        gate = load(gate_ptr + (b * gate_sb + first * gate_sp), gate_offset, mask, UPCAST)
+        t = (_wide(g) * _wide(gate)).to(g.dtype)
+        total += _wide(t)
+        mask = mask_p if C % BLOCK_CI == 0 else mask_p & (ci < C)
+        a = load(a_ptr + (b * a_sb + first * a_sp), a_offset, mask, UPCAST)
+        acc += tl.dot(tl.trans(t), a, input_precision="ieee")
+    co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    tl.store(dw_ptr + (split * C + co)[:, None] * C + ci, acc, mask=(co < C)[:, None] & (ci < C))
     if tl.program_id(2) == 0:
-        tl.store(db_ptr + split * C + co, total, mask=co < C)
+        tl.store(db_ptr + split * C + co, tl.sum(total, 0), mask=co < C)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_s{axis}": stride for axis, stride in zip("bchw", x.stride(), strict=True)}
-
-
-def _block(count: int, most: int) -> int:
-    return min(max(16, most), max(16, triton.next_power_of_2(count)))
-
-
-def _launch(direction: str, x: Tensor, weight: Tensor, columns: int, run: Callable[[Config], None]) -> None:
-    """tile: pixels of a block, columns: channels of a block."""
-    heuristic = [Config(64, columns, 4, 3), Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+def _launch(direction: str, x: Tensor, weight: Tensor, first: Config, run: Callable[[Config], None]) -> None:
+    """columns: channels of a block. tile: its pixels; in the convolutions 8 times, in their weights' gradients 16
+    times the strips or rows side by side."""
+    heuristic = [first, Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+    if INTERPRET:  # a block of any size takes about the same time
+        heuristic = [replace(c, tile=4 * c.tile) for c in heuristic]
     box = (weight.shape[2], weight.shape[3])
     problem = tuning.key("large_kernel", direction, x, x.shape[1], box, x.shape[2] * x.shape[3])
     tuning.launch(problem, heuristic, x.device, run)
 
 
+def _chunks(count: int, most: int) -> int:
+    """The size of equal chunks of `count` things."""
+    return triton.cdiv(count, triton.cdiv(count, most))
+
+
+def _lines(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_sb": x.stride(0), f"{name}_sh": x.stride(2), f"{name}_sw": x.stride(3)}
+
+
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, y: Tensor, flip: bool = False) -> Tensor:
+    """x and y have channels of unit stride."""
     batch, channels, height, width = x.shape
+    kh, kw = weight.shape[2:]
+    table = torch.empty((kh * kw, channels), dtype=torch.float32, device=x.device)
+    table.copy_(weight.reshape(channels, kh * kw).t())
+    taps = _chunks(kh, _MOST_ROWS)
+    lines = triton.cdiv(height, dilation)
+    # a load costs about as much as the products of two taps
+    rows = min(range(1, _MOST_OUTPUTS + 1), key=lambda n: triton.cdiv(lines, n) * (2 * (n + taps - 1) + n * taps))
+    groups = triton.cdiv(lines, rows) * dilation
 
     def run(config: Config) -> None:
-        block_p, block_c = _block(height * width, config.tile), _block(channels, config.columns)
-        grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
-        _depthwise_kernel[grid](
-            x, weight.contiguous(), x if bias is None else bias, y, height, width,
-            **_strides("x", x), **_strides("y", y),
-            C=channels, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation, BIAS=bias is not None, FLIP=flip,
-            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=config.warps, num_stages=config.stages,
+        block_p, block_c = max(1, config.tile // 8), block(channels, config.columns)
+        _depthwise_kernel[(triton.cdiv(batch * width, block_p), groups, triton.cdiv(channels, block_c))](
+            x, table, x if bias is None else bias, y, batch * width, height, width, **_lines("x", x), **_lines("y", y),
+            C=channels, KH=kh, KW=kw, DILATION=dilation, BIAS=bias is not None, FLIP=flip, ROWS=rows, TAPS=taps,
+            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
 
-    _launch("depthwise", x, weight, 32, run)
+    _launch("depthwise", x, weight, Config(64, 64, 2, 1), run)
     return y
 
 
-def _split(pixels: int, programs: int, block: int) -> tuple[int, int]:
-    """Shares of the pixels that keep a GPU busy, and the pixels of a share."""
-    splits = max(1, min(triton.cdiv(pixels, 4 * block), 1024 // max(1, programs)))
-    share = triton.cdiv(triton.cdiv(pixels, splits), block) * block
-    return triton.cdiv(pixels, share), share
-
-
 def _depthwise_weight(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """x and grad have channels of unit stride."""
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[2:]
-    splits, share = _split(batch * height * width, triton.cdiv(channels, 32) * kh, 64)
-    dw = torch.empty((splits, channels, kh, kw), dtype=torch.float32, device=x.device)
-    db = torch.empty((splits, channels), dtype=torch.float32, device=x.device)
+    taps = _chunks(kh, max(1, _MOST_TAPS // kw))
+    groups = triton.cdiv(kh, taps)
+    # taps * kw sums for each of its channels in a thread: 2, 4 or 8 channels
+    side = 2 if taps * kw > 32 else 4 if taps * kw > 16 else 8
 
     def run(config: Config) -> None:
-        block_c = _block(channels, config.columns)
-        _depthwise_weight_kernel[(splits, triton.cdiv(channels, block_c), kh)](
-            x, grad, dw, db, batch * height * width, height, width, share, **_strides("x", x), **_strides("g", grad),
-            C=channels, KH=kh, KW=kw, DILATION=dilation, BLOCK_P=max(16, config.tile), BLOCK_C=block_c,
-            BLOCK_K=triton.next_power_of_2(kw), num_warps=config.warps, num_stages=config.stages,
+        block_p, block_c = max(1, config.tile // 16), block(channels, config.columns)
+        blocks = triton.cdiv(channels, block_c)
+        splits, share = _shares(batch * height, block_p, blocks * groups)
+        dw = torch.empty((splits, channels, kh * kw), dtype=torch.float32, device=x.device)
+        db = torch.empty((splits, channels), dtype=torch.float32, device=x.device)
+        _depthwise_weight_kernel[(splits, blocks, groups)](
+            x, grad, dw, db, batch * height, height, width, share, **_lines("x", x), **_lines("g", grad),
+            C=channels, KH=kh, KW=kw, DILATION=dilation, TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c,
+            num_warps=config.warps, num_stages=1,
         )  # fmt: skip
+        torch.sum(dw, 0, out=total[0])
+        torch.sum(db, 0, out=total[1])
 
-    _launch("depthwise_weight", x, weight, 32, run)
-    return dw.sum(0).view(weight.shape).to(weight.dtype), db.sum(0).to(weight.dtype)
+    total = (x.new_empty((channels, kh * kw), dtype=torch.float32), x.new_empty(channels, dtype=torch.float32))
+    _launch("depthwise_weight", x, weight, Config(16 * side, 64, 2, 1), run)
+    return total[0].view(weight.shape).to(weight.dtype), total[1].to(weight.dtype)
+
+
+def _shares(count: int, step: int, programs: int) -> tuple[int, int]:
+    """How many programs share `count` things, and the share of each, a multiple of step."""
+    splits = max(1, min(triton.cdiv(count, step), _MOST_PROGRAMS // programs))
+    share = triton.cdiv(triton.cdiv(count, splits), step) * step
+    return triton.cdiv(count, share), share
+
+
+def _pixel_stride(x: Tensor) -> int | None:
+    """The stride from a pixel to the next one in row-major order; None where there is no such stride."""
+    _, _, height, width = x.shape
+    if width == 1:
+        return x.stride(2)
+    return x.stride(3) if height == 1 or x.stride(2) == width * x.stride(3) else None
+
+
+def _pixels(tensors: dict[str, Tensor]) -> tuple[int, int, dict[str, int], bool]:
+    """Images and their pixels, or one image with the pixels of all; the strides; whether an image needs 64 bits."""
+    batch, channels, height, width = next(iter(tensors.values())).shape
+    area, joined, wide = height * width, True, False
+    strides: dict[str, int] = {}
+    for name, x in tensors.items():
+        step = _pixel_stride(x)
+        assert step is not None
+        strides |= {f"{name}_sb": x.stride(0), f"{name}_sc": x.stride(1), f"{name}_sp": step}
+        joined = joined and (batch == 1 or x.stride(0) == area * step)
+        wide = wide or channels * abs(x.stride(1)) + 1024 * abs(step) >= 2**31
+    return (1, batch * area, strides, wide) if joined else (batch, area, strides, wide)
 
 
 def _pointwise(
@@ -237,48 +353,66 @@ def _pointwise(
     gate: Tensor | None = None,
     bias: Tensor | None = None,
     out_gate: Tensor | None = None,
+    add: Tensor | None = None,
     transpose: bool = False,
 ) -> Tensor:
-    """weight is [out, in]; transposed, the product goes from out to in."""
-    batch, channels, height, width = a.shape
+    """weight is [out, in]; transposed, the product goes from out to in. `add` may be y itself."""
+    channels = a.shape[1]
     matrix = weight.reshape(channels, channels)
     w_in, w_out = (matrix.stride(0), matrix.stride(1)) if transpose else (matrix.stride(1), matrix.stride(0))
+    maps = {"a": a, "gate": gate, "out_gate": out_gate, "add": add, "y": y}
+    batch, pixels, strides, wide = _pixels({name: a if x is None else x for name, x in maps.items()})
 
     def run(config: Config) -> None:
-        block_p, block_c = _block(height * width, config.tile), _block(channels, config.columns)
-        grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
-        _pointwise_kernel[grid](
+        block_p, block_c = max(16, config.tile), block(channels, config.columns)
+        _pointwise_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c), batch)](
             a, a if gate is None else gate, matrix, a if bias is None else bias, a if out_gate is None else out_gate,
-            y, height, width, **_strides("a", a), **_strides("gate", a if gate is None else gate),
-            **_strides("out_gate", a if out_gate is None else out_gate), **_strides("y", y), w_in=w_in, w_out=w_out,
+            a if add is None else add, y, pixels, **strides, w_in=w_in, w_out=w_out,
             C=channels, GATE=gate is not None, BIAS=bias is not None, OUT_GATE=out_gate is not None,
-            BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=_block(channels, 32),
-            UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=config.warps, num_stages=config.stages,
+            ADD=add is not None, BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=block(channels, 128 // a.element_size()),
+            WIDE=wide, UPCAST=upcast(a.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    _launch("pointwise", a, weight, 64, run)
+    _launch("pointwise", a, weight, Config(64, 64, 4, 3), run)
     return y
 
 
 def _pointwise_weight(a: Tensor, grad: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = a.shape
-    pixels = batch * height * width
-    splits, share = _split(pixels, triton.cdiv(channels, 64) ** 2, 64)
-    dw = torch.empty((splits, channels, channels), dtype=torch.float32, device=a.device)
-    db = torch.empty((splits, channels), dtype=torch.float32, device=a.device)
+    channels = a.shape[1]
+    batch, pixels, strides, wide = _pixels({"a": a, "g": grad, "gate": gate})
 
     def run(config: Config) -> None:
-        block = _block(channels, config.columns)
-        blocks = triton.cdiv(channels, block)
+        block_p, block_c = max(16, config.tile), block(channels, config.columns)
+        blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(pixels, block_p)
+        splits, share = _shares(batch * tiles, 1, blocks**2)
+        dw = torch.empty((splits, channels, channels), dtype=torch.float32, device=a.device)
+        db = torch.empty((splits, channels), dtype=torch.float32, device=a.device)
         _pointwise_weight_kernel[(splits, blocks, blocks)](
-            a, grad, gate, dw, db, pixels, height * width, width, share,
-            **_strides("a", a), **_strides("g", grad), **_strides("gate", gate),
-            C=channels, BLOCK_P=max(16, config.tile), BLOCK_CO=block, BLOCK_CI=block,
-            UPCAST=_INTERPRET and a.dtype == torch.bfloat16, num_warps=config.warps, num_stages=config.stages,
+            a, grad, gate, dw, db, batch * tiles, tiles, pixels, share, **strides,
+            C=channels, BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=block_c,
+            WIDE=wide, UPCAST=upcast(a.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        torch.sum(dw, 0, out=total[0])
+        torch.sum(db, 0, out=total[1])
 
-    _launch("pointwise_weight", a, weight, 64, run)
-    return dw.sum(0).view(weight.shape).to(weight.dtype), db.sum(0).to(weight.dtype)
+    total = (a.new_empty((channels, channels), dtype=torch.float32), a.new_empty(channels, dtype=torch.float32))
+    _launch("pointwise_weight", a, weight, Config(64, 64, 4, 2), run)
+    return total[0].view(weight.shape).to(weight.dtype), total[1].to(weight.dtype)
+
+
+def _regular(x: Tensor) -> Tensor:
+    """A map whose pixels follow one another at one stride: x itself if it is NCHW or channels last."""
+    return x if _pixel_stride(x) is not None else x.contiguous(memory_format=torch.channels_last)
+
+
+def _has_unit_channels(x: Tensor) -> bool:
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The memory of a dense map, whatever its format, as a channels-last map."""
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (channels * height * width, 1, width * channels, channels))
 
 
 def large_kernel_attention_triton(
@@ -294,10 +428,13 @@ def large_kernel_attention_triton(
     out: Tensor,
     spatial: Tensor,
 ) -> None:
-    """Write the output, and conv_spatial(conv0(x)), which the backward reuses, into the two tensors given."""
+    """Write the output, and conv_spatial(conv0(x)), which the backward reuses, into the two dense tensors given."""
     if x.numel() == 0:
         return
-    local = _depthwise(x, conv0_weight, conv0_bias, 1, torch.empty_like(spatial))
+    x = _regular(x)
+    # until they are written, they hold what comes before them
+    last = x if _has_unit_channels(x) else spatial.copy_(x)
+    local = _depthwise(last, conv0_weight, conv0_bias, 1, _channels_last(out))
     _depthwise(local, conv_spatial_weight, conv_spatial_bias, dilation, spatial)
     _pointwise(spatial, conv1_weight, out, bias=conv1_bias, out_gate=x)
 
@@ -316,18 +453,21 @@ def large_kernel_attention_backward_triton(
     *,
     dx: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Write the gradient of x into dx; the gradients of the three weights and biases in the order of the arguments."""
+    """Write the gradient of x into the dense dx; the gradients of the weights and biases, in their order."""
     if x.numel() == 0:
         weights = (conv0_weight, conv_spatial_weight, conv1_weight)
         return tuple(t for w in weights for t in (torch.zeros_like(w), w.new_zeros(w.shape[0])))
-    local = _depthwise(x, conv0_weight, conv0_bias, 1, torch.empty_like(spatial))
+    x, grad, spatial = _regular(x), _regular(grad), _regular(spatial)
+    one, two = _channels_last(dx), torch.empty_like(_channels_last(dx))
+    last = x if _has_unit_channels(x) else torch.empty_like(one).copy_(x)
+    local = _depthwise(last, conv0_weight, conv0_bias, 1, two)
     dconv1 = _pointwise_weight(spatial, grad, x, conv1_weight)
-    dspatial = _pointwise(grad, conv1_weight, torch.empty_like(spatial), gate=x, transpose=True)
+    dspatial = _pointwise(grad, conv1_weight, one, gate=x, transpose=True)
     dconv_spatial = _depthwise_weight(local, dspatial, conv_spatial_weight, dilation)
-    dlocal = _depthwise(dspatial, conv_spatial_weight, None, dilation, torch.empty_like(spatial), flip=True)
-    dconv0 = _depthwise_weight(x, dlocal, conv0_weight, 1)
+    dlocal = _depthwise(dspatial, conv_spatial_weight, None, dilation, two, flip=True)
+    dconv0 = _depthwise_weight(last, dlocal, conv0_weight, 1)
     # x both enters the convolutions and gates their product
-    through = _depthwise(dlocal, conv0_weight, None, 1, torch.empty_like(spatial), flip=True)
-    _pointwise(spatial, conv1_weight, dx, bias=conv1_bias, out_gate=grad)
-    dx.add_(through)
+    free = one if _has_unit_channels(dx) else last if last is not x else torch.empty_like(one)
+    through = _depthwise(dlocal, conv0_weight, None, 1, free, flip=True)
+    _pointwise(spatial, conv1_weight, dx, bias=conv1_bias, out_gate=grad, add=through)
     return (*dconv0, *dconv_spatial, *dconv1)

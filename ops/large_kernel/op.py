@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, runs_triton, without_triton
+from zoo.ops._dispatch import (
+    autocast_dtype,
+    register_op,
+    require,
+    resolve_backend,
+    runs_triton,
+    without_triton,
+)
 
 from .cpu import large_kernel_attention_backward_cpu, large_kernel_attention_cpu, output_format
 from .reference import large_kernel_attention_reference
@@ -84,7 +91,7 @@ def _check(x: Tensor, conv0: Tensor, spatial: Tensor, conv1: Tensor, biases: dic
         if tensor is None:
             continue
         require(tensor.device == x.device, f"{_NAME}: {name} is on {tensor.device}, x on {x.device}")
-        same = tensor.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        same = tensor.dtype == x.dtype or autocast_dtype(x) is not None
         require(same, f"{_NAME}: {name} has dtype {tensor.dtype}, x has {x.dtype}")
 
 
@@ -127,9 +134,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*inputs[:7], output[1])
     ctx.arguments = inputs[7:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # a map of zeros for the second output
 
 
-def _backward_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward_autograd(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     saved = ctx.saved_tensors
     grads = _backward(grad, *saved, *ctx.arguments)
     return *(g if given is not None else None for g, given in zip(grads, saved[:7], strict=True)), None, None

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops._dispatch import LIBRARY, register_op, resolve_backend, resolve_scale, runs_triton, without_triton
+from zoo.ops._dispatch import (
+    LIBRARY,
+    autocast_dtype,
+    no_autocast,
+    register_op,
+    resolve_backend,
+    resolve_scale,
+    runs_triton,
+    without_triton,
+)
 
 from .cpu import neighborhood_attention_backward_cpu, neighborhood_attention_cpu
 from .reference import neighborhood_attention_reference
@@ -191,12 +200,11 @@ def _check_bias(op: str, q: Tensor, bias: Tensor | None, kernel_size: list[int])
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sizes: _Sizes, scale: float) -> Tensor:
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q)
+    if dtype is not None:
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     _check_dtypes(_NAME, q, k, v)
-    with torch.autocast(device, enabled=False):
+    with no_autocast(q):
         return neighborhood_attention_reference(q, k, v, bias, *sizes, scale)[0]
 
 

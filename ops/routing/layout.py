@@ -1,30 +1,9 @@
 """Between maps [B, H, W, heads, dim] and regions [B, rows * cols, tokens, heads, dim]."""
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Pair = tuple[int, int]
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What an active autocast region makes of floating tensors on x's device; None outside of one."""
-    device = x.device.type
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Switch autocast off on x's device."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
-
-
-def _has_autocast(device: str) -> bool:
-    return device != "meta"  # torch.amp.is_autocast_available says it too, but breaks graphs in torch 2.11
 
 
 def grid_size(x: Tensor, region: Pair) -> Pair:

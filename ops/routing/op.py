@@ -5,10 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
+from zoo.ops._dispatch import (
+    autocast_dtype,
+    register_op,
+    require,
+    resolve_backend,
+    resolve_scale,
+    runs_triton,
+    without_triton,
+)
 
 from . import cpu, reference
-from .layout import Pair, autocast_dtype, grid_size
+from .layout import Pair, grid_size
 
 __all__ = ["routing_attention", "routing_index"]
 

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from .layout import Pair, from_regions, grid_size, key_region_size, no_autocast, pad_to_regions, to_regions
+from zoo.ops._dispatch import no_autocast
+
+from .layout import Pair, from_regions, grid_size, key_region_size, pad_to_regions, to_regions
 
 
 def routing_index(q: Tensor, k: Tensor, region: Pair, topk: int) -> Tensor:

@@ -627,3 +627,8 @@ def test_errors_of_other_entries() -> None:
         torch.ops.zoo.neighborhood_attention(q, k, v, None, [3, 3], [1, 1], [1, 1], [False, False], 0.5, "fast")
     with pytest.raises(ValueError, match="'length'|the length 8"):
         neighborhood_attention(*(x[:, 0] for x in (q, k, v)), 9)
+
+
+def test_reference_on_meta_tensors() -> None:
+    q = torch.empty(2, 8, 9, 2, 4, device="meta")
+    assert neighborhood_attention(q, q, q, 3, backend="reference").shape == q.shape
