@@ -135,10 +135,13 @@ def _candidates(kind: str, direction: str, heuristic: Any) -> list[Any]:
 
     tiles: tuple[int, ...] = (32, 64, 128)
     columns: tuple[int, ...] = (16,) if kind == "channel" else (32, 64, 128)
+    warps: tuple[int, ...] = (2, 4, 8)
     if kind in ("neighborhood", "window", "grid", "halo"):
         tiles = (4, 8, 16)
         columns = (32, 64, 128, 256) if direction == "forward" else columns
-    made = [Config(*c) for c in itertools.product(tiles, columns, (2, 4, 8), (1, 2, 3))]
+    if kind == "routing":
+        tiles, columns, warps = (16, *tiles), (16, *columns), (1, *warps)
+    made = [Config(*c) for c in itertools.product(tiles, columns, warps, (1, 2, 3))]
     return sorted((c for c in made if c != heuristic), key=lambda c: _steps(c, heuristic))
 
 

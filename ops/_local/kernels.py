@@ -184,7 +184,7 @@ def forward_kernel(
     QUERIES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """o, lse: softmax over the box, rows are queries."""
+    """o, and the log-sum-exp in base 2: softmax over the box, rows are queries."""
     program = tl.program_id(0)
     head = tl.program_id(1)
     tile = program // groups
@@ -253,7 +253,7 @@ def forward_kernel(
         o = acc * (1.0 / total)[:, None]
         o_offset = (position * DV)[:, None] + e[None, :]
         tl.store(o_ptr + b * map_size * DV + o_offset, o.to(o_ptr.dtype.element_ty), mask=mask_o)
-        tl.store(lse_ptr + b * map_size + position, (top * final + tl.log2(total)) * 0.6931471805599453, mask=valid_m)
+        tl.store(lse_ptr + b * map_size + position, top * final + tl.log2(total), mask=valid_m)
 
 
 @triton.jit
@@ -359,7 +359,7 @@ def rows_kernel(
             o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
             delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             # rows that are not there: p = exp2(-inf) = 0
-            lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf")) * 1.4426950408889634
+            lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf"))
             stats = stats_ptr + 2 * b * map_size + 2 * position
             tl.store(stats, lse, mask=valid_m)
             tl.store(stats + 1, delta, mask=valid_m)
@@ -605,7 +605,7 @@ def square_kernel(
             v = load(v_ptr + (b * v_sb + head64 * v_sn), v_row[:, None] + e[None, :], mask_v, UPCAST)
             do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, mask_o, UPCAST)
             o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
-            lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf")) * 1.4426950408889634
+            lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf"))
             delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             s = _logits(q, k, table, scale, FOLD)
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")

@@ -223,7 +223,8 @@ def local_forward(
         kind: the op's name in tables of tile configurations.
 
     Returns:
-        The output [B, H, W, heads, dim_v] in q's dtype, and the log-sum-exp [B, H, W, heads] in float32.
+        The output [B, H, W, heads, dim_v] in q's dtype, and the log-sum-exp [B, H, W, heads] in
+        float32, in base 2, which local_backward reads.
     """
     q, k, v = unit(q), unit(k), unit(v)
     batch, heads = q.shape[0], q.shape[3]
@@ -253,8 +254,9 @@ def local_forward(
 
 
 def _numerics(*tensors: Tensor, scale: float) -> dict[str, Any]:
-    # a scale near zero must not divide the table
-    return {"scale": scale * LOG2E, "FOLD": 2**-20 < scale < 2**20, "WIDE": not fits_int32(*tensors)}
+    """q first. A table that is divided by the scale costs float32 some digits, and must not be by one near zero."""
+    fold = tensors[0].dtype != torch.float32 and 2**-20 < scale < 2**20
+    return {"scale": scale * LOG2E, "FOLD": fold, "WIDE": not fits_int32(*tensors)}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

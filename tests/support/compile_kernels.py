@@ -1,13 +1,19 @@
 """Compile every Triton kernel for a GPU that is not there; run in a process of its own, without the interpreter.
 
-usage: python compile_kernels.py CAPABILITY DTYPE...   (90 bfloat16 float32); prints a line per kernel.
+usage: python compile_kernels.py CAPABILITY DTYPE...   (90 bfloat16 float32); prints a line per kernel: shared memory,
+registers of a thread, and the stack that it spills to, in bytes.
 """
 
 import importlib
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from offline import compile_only
 
 from zoo.ops._local.geometry import halo_axis, neighborhood_axis, window_axis
@@ -28,6 +34,7 @@ MODULES = {
         "_depthwise_kernel", "_depthwise_weight_kernel", "_pointwise_kernel", "_pointwise_weight_kernel",
     ],
 }  # fmt: skip
+MOST_STACK = 1024
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -87,6 +94,18 @@ def run(dtype: torch.dtype) -> None:
     lka.large_kernel_attention_backward_triton(out, x, *weights, spatial, 3, dx=torch.empty_like(x))
 
 
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1]), int(found[2])
+
+
 def main() -> int:
     capability = int(sys.argv[1])
     limit = SHARED_LIMIT[capability]
@@ -103,8 +122,12 @@ def main() -> int:
         assert expected == {kernel for kernel, _ in compiled}, expected - {kernel for kernel, _ in compiled}
         for kernel, binary in compiled:
             shared = binary.metadata.shared
-            assert "cubin" in binary.asm
-            print(f"sm_{capability} {name:9} {kernel:26} shared {shared:6d}{'' if shared <= limit else '  TOO MUCH'}")
+            registers, stack = usage(binary.asm["cubin"])
+            much = "" if shared <= limit and stack <= MOST_STACK else "  TOO MUCH"
+            print(
+                f"sm_{capability} {name:9} {kernel:26} shared {shared:6d} "
+                f"registers {registers:3d} stack {stack:4d}{much}"
+            )
     return 0
 
 
