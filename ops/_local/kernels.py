@@ -3,9 +3,9 @@
 Every kernel walks the same loop. A program owns one tile of one head and a run of images. The additive table of its
 class (bias, and -inf where a pair does not see each other) holds all there is to know of borders: columns outside the
 map are loaded as zeros, so whether they enter the softmax (zero-key border) is the table's say, unless MASK leaves
-them out. Logits are kept in base 2. With FOLD the table comes divided by the scale and the product is accumulated
-onto it, which saves an instruction a logit; without, the scale comes first. Offsets inside an image are 32 bits wide
-unless WIDE.
+them out. With FOLD the table comes divided by the scale, the product is accumulated onto it, and the scale waits for
+the exponent, which saves two instructions a logit; without, logits keep float32's last digits. Offsets inside an image
+are 32 bits wide unless WIDE.
 """
 
 import triton
@@ -56,12 +56,28 @@ def _columns(
 
 @triton.jit
 def _logits(a, b, table, scale, FOLD: tl.constexpr):
-    """a . b, scaled and with the table added; times `scale` once more where FOLD."""
+    """a . b, scaled and with the table added; all of it over the scale where FOLD."""
     if FOLD:
         s = tl.dot(a, tl.trans(b), table, input_precision="ieee")
     else:
         s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale + table
     return s
+
+
+@triton.jit
+def _base(scale, FOLD: tl.constexpr):
+    """What makes exponents of 2 out of logits."""
+    return scale * 1.4426950408889634 if FOLD else 1.4426950408889634
+
+
+@triton.jit
+def _power(s, reference, scale, FOLD: tl.constexpr):
+    """The exponential of logits less a reference for each row or column."""
+    if FOLD:
+        exponent = s * _base(scale, FOLD) - reference * _base(scale, FOLD)
+    else:
+        exponent = (s - reference) * _base(scale, FOLD)
+    return tl.exp2(exponent)
 
 
 @triton.jit
@@ -160,11 +176,10 @@ def _attend(
         s = _add(s, relative, picks)
     if MASK:
         s = tl.where(inside[None, :], s, float("-inf"))
-    final = scale if FOLD else 1.0  # what is left to multiply logits with
     new_top = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top) * final
-    p = tl.exp2(s * final - safe[:, None])
-    keep = tl.exp2(top * final - safe)
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = _power(s, safe[:, None], scale, FOLD)
+    keep = _power(top, safe, scale, FOLD)
     acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
     return new_top, total * keep + tl.sum(p, 1), acc
 
@@ -184,7 +199,7 @@ def forward_kernel(
     QUERIES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """o, and the log-sum-exp in base 2: softmax over the box, rows are queries."""
+    """o, and the log-sum-exp, over the scale where FOLD: softmax over the box, rows are queries."""
     program = tl.program_id(0)
     head = tl.program_id(1)
     tile = program // groups
@@ -206,10 +221,9 @@ def forward_kernel(
     held = 0.0
     if BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
-    final = scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
-    factor = 1.4426950408889634 / final  # of logits that the scale does not concern
+    factor = 1.0 / scale if FOLD else 1.0  # of logits that the scale does not concern
     relative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
     if REL:
         embeddings_h = _embeddings(relative_ptr, 0, BLOCK_D, BLOCK_R, UPCAST)
@@ -253,7 +267,7 @@ def forward_kernel(
         o = acc * (1.0 / total)[:, None]
         o_offset = (position * DV)[:, None] + e[None, :]
         tl.store(o_ptr + b * map_size * DV + o_offset, o.to(o_ptr.dtype.element_ty), mask=mask_o)
-        tl.store(lse_ptr + b * map_size + position, top * final + tl.log2(total), mask=valid_m)
+        tl.store(lse_ptr + b * map_size + position, top + tl.log2(total) / _base(scale, FOLD), mask=valid_m)
 
 
 @triton.jit
@@ -284,8 +298,7 @@ def _attend_backward(
         picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
         s = _add(s, relative, picks)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    final = scale if FOLD else 1.0
-    p = tl.exp2(s * final - lse[:, None])
+    p = _power(s, lse[:, None], scale, FOLD)
     if MASK:
         p = tl.where(inside[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
@@ -312,7 +325,7 @@ def rows_kernel(
 ):  # fmt: skip
     """dq, the stats that the other passes read, and sums for the embeddings of relative positions; rows are queries.
 
-    stats[query] = (log-sum-exp in base 2, delta = sum(o * do)). A program walks the images and tiles of its segment,
+    stats[query] = (log-sum-exp, delta = sum(o * do)). A program walks the images and tiles of its segment,
     segments[segment] = (class, which share of it), in a fixed order: drelative[segment, head, axis, relative position].
     """
     segment = tl.program_id(0)
@@ -329,8 +342,7 @@ def rows_kernel(
     held = 0.0
     if BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
-    final = scale if FOLD else 1.0
-    factor = 1.4426950408889634 / final
+    factor = 1.0 / scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     relative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
@@ -394,7 +406,7 @@ def rows_kernel(
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
-            dq = dq * (scale * 0.6931471805599453)
+            dq = dq * scale
             if REL:
                 of_rows, of_columns = tl.split(tl.reshape(drelative, [BLOCK_M, BLOCK_W, 2]))
                 by_row = _by_embedding(of_rows, place_h, REL, BLOCK_W, BLOCK_R).to(q.dtype)
@@ -448,8 +460,7 @@ def _attended_backward(
         of_tile = tl.where(t % 2 == 0, (m // TILE_W)[:, None], (m % TILE_W)[:, None])
         s = _add_left(s, (t // 2 == of_tile).to(q.dtype), added)
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-    final = scale if FOLD else 1.0
-    p = tl.exp2(s * final - lse[None, :])
+    p = _power(s, lse[None, :], scale, FOLD)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -496,7 +507,7 @@ def columns_kernel(
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
-    factor = 1.4426950408889634 / (scale if FOLD else 1.0)
+    factor = 1.0 / scale if FOLD else 1.0
     embeddings_h = 0.0
     embeddings_w = 0.0
     if REL:
@@ -538,7 +549,7 @@ def columns_kernel(
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS,
                 TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
             )  # fmt: skip
-        dk = dk * (scale * 0.6931471805599453)
+        dk = dk * scale
         tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
         tl.store(dv_ptr + (b * dv_sb + head64 * dv_sn) + dv_offset, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
 
@@ -572,7 +583,6 @@ def square_kernel(
     e = tl.arange(0, BLOCK_DV)
     place = (m * COLUMNS)[:, None] + n[None, :]
     table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS) + place)
-    final = scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     if BIAS:
@@ -609,14 +619,14 @@ def square_kernel(
             delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             s = _logits(q, k, table, scale, FOLD)
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            p = tl.exp2(s * final - lse[:, None])
+            p = _power(s, lse[:, None], scale, FOLD)
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
             ds = p * (dp - delta[:, None])
             if BIAS:
                 acc += ds
             low = ds.to(q.dtype)
-            dq = tl.dot(low, k, input_precision="ieee") * (scale * 0.6931471805599453)
-            dk = tl.dot(tl.trans(low), q, input_precision="ieee") * (scale * 0.6931471805599453)
+            dq = tl.dot(low, k, input_precision="ieee") * scale
+            dk = tl.dot(tl.trans(low), q, input_precision="ieee") * scale
             tl.store(dv_ptr + (b * dv_sb + head64 * dv_sn) + dv_offset, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
             tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
             tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
@@ -655,7 +665,6 @@ def bias_gradient_kernel(
     e = tl.arange(0, BLOCK_DV)
     place = (m * COLUMNS)[:, None] + n[None, :]
     table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS) + place)
-    final = scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -683,7 +692,7 @@ def bias_gradient_kernel(
             delta = tl.load(stats + 1, mask=valid_m, other=0.0)
             s = _logits(q, k, table, scale, FOLD)
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            p = tl.exp2(s * final - lse[:, None])
+            p = _power(s, lse[:, None], scale, FOLD)
             acc += p * (dp - delta[:, None])
     out = (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * COLUMNS)
     tl.store(partial_ptr + out + place, acc)

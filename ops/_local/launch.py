@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.ops._triton import LOG2E, fits_int32, unit, upcast
+from zoo.ops._triton import fits_int32, unit, upcast
 
 from . import tuning
 from .geometry import Axis, Plan, partitions, plan
@@ -118,13 +118,13 @@ def _area(height: Axis, width: Axis, reverse: bool) -> int:
 def _table(layout: _Layout, bias: Tensor | None, scale: float, fold: bool) -> Tensor:
     """[heads or 1, classes, BLOCK_M, BLOCK_N]: bias where a pair sees each other, -inf elsewhere.
 
-    In base 2, or divided by the scale where the kernel multiplies with it afterwards.
+    Divided by the scale where the kernel multiplies with it afterwards.
     """
     index = layout.plan.index
     if bias is None:
         flat = index.new_zeros((1, 1), dtype=torch.float32)
     else:
-        flat = bias.flatten(1).float() * (1 / scale if fold else LOG2E)
+        flat = bias.flatten(1).float() * (1 / scale if fold else 1)
     flat = torch.cat([flat, flat.new_full((flat.shape[0], 1), -math.inf)], 1)
     return flat.index_select(1, index.flatten()).view(flat.shape[0], *index.shape)
 
@@ -224,7 +224,7 @@ def local_forward(
 
     Returns:
         The output [B, H, W, heads, dim_v] in q's dtype, and the log-sum-exp [B, H, W, heads] in
-        float32, in base 2, which local_backward reads.
+        float32, as local_backward reads it.
     """
     q, k, v = unit(q), unit(k), unit(v)
     batch, heads = q.shape[0], q.shape[3]
@@ -256,7 +256,7 @@ def local_forward(
 def _numerics(*tensors: Tensor, scale: float) -> dict[str, Any]:
     """q first. A table that is divided by the scale costs float32 some digits, and must not be by one near zero."""
     fold = tensors[0].dtype != torch.float32 and 2**-20 < scale < 2**20
-    return {"scale": scale * LOG2E, "FOLD": fold, "WIDE": not fits_int32(*tensors)}
+    return {"scale": scale, "FOLD": fold, "WIDE": not fits_int32(*tensors)}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -320,7 +320,7 @@ def local_backward(
     drel = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tables]
     if out.numel() == 0:
         return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dbias, (drel[0], drel[1]))
-    stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp in base 2, and sum(out * grad)
+    stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
     bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
     axes = (height, width)
     common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale)
