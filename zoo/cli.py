@@ -33,7 +33,7 @@ def _eval(argv: Sequence[str]) -> int:
 def _detect(argv: Sequence[str]) -> int:
     """train or evaluate a detector: zoo detect model=nat_tiny detector=mask_rcnn data=coco data.root=PATH"""
     try:
-        from zoo.train.mmdet.detect import main as run
+        from zoo.train.detection.app import main as run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("zoo"):
             raise

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from zoo.errors import UserError
 from zoo.runs import save_checkpoint
-from zoo.train.mmdet import Backbone, read_detector_checkpoint
-from zoo.train.mmdet.checkpoints import adapt_backbone_keys
-from zoo.train.mmdet.digits_coco import CLASSES, DigitsCoco, build_digits_coco
+from zoo.train.detection import Backbone, read_detector_checkpoint
+from zoo.train.detection.checkpoints import adapt_backbone_keys
+from zoo.train.detection.digits_coco import CLASSES, DigitsCoco, build_digits_coco
 
 NAT = {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "embed_dim": 16, "kernel_size": 3, "out_indices": (0, 1, 2)}
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,22 @@ def test_the_import_alone_registers_everything() -> None:
         "r.OPTIM_WRAPPER_CONSTRUCTORS.get('zoo.LayerDecayOptimWrapperConstructor')))"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_custom_imports_of_mmengine_bring_the_wing(tmp_path: Path) -> None:
+    """What a user's mmdetection config says, read by mmengine in a fresh process."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "custom_imports = dict(imports=['zoo.train.mmdet'])\n"
+        "backbone = dict(type='zoo.Backbone', name='nat_mini', out_indices=(0,))\n"
+    )
+    script = (
+        "import sys; from mmengine.config import Config; config = Config.fromfile(sys.argv[1]);"
+        "from mmdet.registry import MODELS; found = MODELS.build(config.backbone);"
+        "import zoo.train.detection, zoo.train.mmdet as mmdet;"
+        "assert type(found) is zoo.train.detection.Backbone is mmdet.Backbone"
+    )
+    subprocess.run([sys.executable, "-c", script, str(config)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 97, 131), (3, 64, 33), (2, 32, 32)])

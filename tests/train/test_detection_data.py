@@ -13,8 +13,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from zoo.train.data import Digits
-from zoo.train.mmdet import coco_average_precision
-from zoo.train.mmdet.digits_coco import CLASSES, DigitsCoco, build_digits_coco
+from zoo.train.detection import coco_average_precision
+from zoo.train.detection.digits_coco import CLASSES, DigitsCoco, build_digits_coco
 
 ENGINES = ["faster_coco_eval", "pycocotools"]
 SMALL = DigitsCoco(canvas=96, train_images=12, val_images=6)

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("mmdet")
 
 from zoo.runs import load_checkpoint
-from zoo.train.mmdet.detect import main
-from zoo.train.mmdet.digits_coco import DigitsCoco, build_digits_coco
+from zoo.train.detection.app import main
+from zoo.train.detection.digits_coco import DigitsCoco, build_digits_coco
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_two_processes_train_and_evaluate_each_image_once(tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*launch, "-m", "zoo.train.mmdet.detect", *arguments],
+        [*launch, "-m", "zoo.train.detection", *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("mmdet")
 
-from zoo.train.mmdet.coco_data import open_coco
-from zoo.train.mmdet.detect import _build_only, _settings, detect_config
-from zoo.train.mmdet.recipe import compose_mmdet
+from zoo.train.detection.app import _build_only, _settings, detect_config
+from zoo.train.detection.coco_data import open_coco
+from zoo.train.detection.mmdet_config import compose_mmdet
 
 FOLDER = Path(__file__).parents[2] / "configs/experiment"
 NAMES = sorted(p.stem for p in FOLDER.glob("coco_*.yaml"))

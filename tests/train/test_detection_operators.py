@@ -12,7 +12,7 @@ import torchvision.ops as tv
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from zoo.train.mmdet.operators import StandInOperators, install_operators
+from zoo.train.detection.operators import StandInOperators, install_operators
 
 STAND_IN = install_operators()
 if not STAND_IN:
@@ -282,6 +282,6 @@ def test_installation_is_idempotent_and_yields() -> None:
         "m = u.module_from_spec(spec); spec.loader.exec_module(m);"
         "assert m.install_operators() is False and sys.modules['mmcv._ext'] is compiled"
     )
-    from zoo.train.mmdet import operators
+    from zoo.train.detection import operators
 
     subprocess.run([sys.executable, "-c", script, operators.__file__], check=True)

@@ -20,10 +20,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from zoo.runs import load_checkpoint
-from zoo.train.mmdet import coco_average_precision
-from zoo.train.mmdet.detect import main
-from zoo.train.mmdet.digits_coco import DigitsCoco, build_digits_coco
-from zoo.train.mmdet.loops import TrainLoop
+from zoo.train.detection import coco_average_precision
+from zoo.train.detection.app import main
+from zoo.train.detection.digits_coco import DigitsCoco, build_digits_coco
+from zoo.train.detection.loops import TrainLoop
 
 SMALL = [
     "detector.channels=16",
@@ -341,7 +341,7 @@ def test_every_detector_trains_two_steps(detector: str, cache: Path, tmp_path: P
 @pytest.mark.slow
 def test_killed_run_resumes_exactly(whole: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "zoo.train.mmdet.detect", *SMALL, f"data.root={cache}", f"run_dir={folder}"]
+    command = [sys.executable, "-m", "zoo.train.detection", *SMALL, f"data.root={cache}", f"run_dir={folder}"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([*command, "checkpoint.every_steps=1"], env=environment, stdout=subprocess.DEVNULL)
     try:

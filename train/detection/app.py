@@ -7,7 +7,6 @@ mmengine's Runner on it. Exit codes and the run folder are those of `zoo train` 
 import json
 import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,10 +32,10 @@ from zoo.train.state import World, join_world
 
 from .checkpoints import read_detector_checkpoint
 from .coco_data import CocoFiles, open_coco
+from .config import DetectConfig, validate_detect
 from .loops import unreadable_images
-from .recipe import PlainConfig, compose_mmdet
+from .mmdet_config import PlainConfig, compose_mmdet
 from .run_hook import RunFolderHook, plain_model, versions
-from .settings import DetectConfig, validate_detect
 
 __all__ = ["build_runner", "detect_config", "main"]
 
@@ -403,7 +402,3 @@ def main(argv: Sequence[str]) -> int:
         print(_help())
         return 0
     return app.main("detect", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

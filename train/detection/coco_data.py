@@ -10,8 +10,8 @@ from mmdet.datasets import CocoDataset
 
 from zoo.errors import UserError
 
+from .config import DetectDataConfig
 from .digits_coco import CLASSES, DigitsCoco, build_digits_coco
-from .settings import DetectDataConfig
 
 __all__ = ["CocoFiles", "open_coco"]
 

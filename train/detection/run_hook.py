@@ -28,9 +28,9 @@ from zoo.train.loggers import Console, Loggers
 from zoo.train.report import _git_revision
 from zoo.train.state import World, rng_state
 
+from .config import DetectConfig
 from .loops import TrainLoop, unreadable_images
 from .pictures import Gallery, plot_detection_curves
-from .settings import DetectConfig
 
 __all__ = ["FIELDS", "RunFolderHook"]
 

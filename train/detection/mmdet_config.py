@@ -16,7 +16,7 @@ from zoo.registry import require_model
 
 from .backbone import feature_levels
 from .coco_data import CocoFiles
-from .settings import DetectConfig
+from .config import DetectConfig
 
 __all__ = ["MASKED", "PlainConfig", "compose_mmdet"]
 
