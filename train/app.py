@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import UserError
-from zoo.runs import Run, load_run, lock_run, write_atomic
 from zoo.train.compose import SCHEMAS, compose_config, forbid_targets, from_container, normalize, prepare, typed
 from zoo.train.config import EvalConfig, TrainConfig
+from zoo.train.runs import Run, load_run, lock_run, write_atomic
 
 __all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USER", "main"]
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zoo.errors import UserError
-from zoo.runs import load_checkpoint, newest_intact, save_checkpoint
 from zoo.train.build import build_model
 from zoo.train.config import TrainConfig
 from zoo.train.data import EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
@@ -29,6 +28,7 @@ from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
 from zoo.train.loggers import Console, Loggers, write_metrics
 from zoo.train.plot import plot_curves
 from zoo.train.report import describe, write_summary
+from zoo.train.runs import load_checkpoint, newest_intact, save_checkpoint
 from zoo.train.state import World, isolated_rng, restore_rng, rng_state
 
 __all__ = ["Interrupted", "Progress", "Trainer", "TrainingFailed"]

@@ -14,10 +14,10 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.runs import load_run, select_weights, write_atomic
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
 from zoo.train.data import EvalLoader, class_count, open_dataset, resolve_transform
+from zoo.train.runs import load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 
 __all__ = ["Evaluation", "autocast", "check_targets", "evaluate", "evaluate_command"]

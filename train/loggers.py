@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import UserError
-from zoo.runs import write_atomic
 from zoo.train.config import LoggerConfig
+from zoo.train.runs import write_atomic
 
 __all__ = ["FIELDS", "Console", "Loggers", "write_metrics"]
 

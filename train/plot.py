@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from zoo.runs import write_atomic
+from zoo.train.runs import write_atomic
 
 __all__ = ["plot_curves"]
 

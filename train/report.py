@@ -12,8 +12,8 @@ import timm
 import torch
 
 from zoo._version import __version__
-from zoo.runs import write_atomic
 from zoo.train.config import TrainConfig
+from zoo.train.runs import write_atomic
 from zoo.train.state import World
 
 __all__ = ["describe", "last_line", "write_summary"]

@@ -43,7 +43,7 @@ def _detect(argv: Sequence[str]) -> int:
 
 def _export(argv: Sequence[str]) -> int:
     """write a run's weights out: zoo export run=runs/NAME format=timm out=DIR"""
-    from zoo.export import main as run
+    from zoo.train.export import main as run
 
     return run(list(argv))
 

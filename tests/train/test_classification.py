@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import RANDOM, assert_same_run, checkpoint, metrics, resume, summary, train
 
 import zoo.train.engine as engine
-from zoo.runs import load_run, newest_intact, select_weights
 from zoo.train.app import EXIT_FAILED, EXIT_INTERRUPTED, main
+from zoo.train.runs import load_run, newest_intact, select_weights
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
@@ -237,7 +237,7 @@ def test_agreeing_override_and_more_epochs(whole: Path, tmp_path: Path) -> None:
 
 
 def test_folder_in_use(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = f"import sys; from zoo.runs import lock_run; keep = lock_run({str(whole)!r}); "
+    code = f"import sys; from zoo.train.runs import lock_run; keep = lock_run({str(whole)!r}); "
     code += "print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None

@@ -23,10 +23,10 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from zoo.errors import UserError
-from zoo.runs import save_checkpoint
 from zoo.train.detection import Backbone, read_detector_checkpoint
 from zoo.train.detection.checkpoints import adapt_backbone_keys
 from zoo.train.detection.digits_coco import CLASSES, DigitsCoco, build_digits_coco
+from zoo.train.runs import save_checkpoint
 
 NAT = {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "embed_dim": 16, "kernel_size": 3, "out_indices": (0, 1, 2)}
 ROOT = Path(__file__).parents[2]

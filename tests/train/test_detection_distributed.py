@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("mmdet")
 
-from zoo.runs import load_checkpoint
 from zoo.train.detection.app import main
 from zoo.train.detection.digits_coco import DigitsCoco, build_digits_coco
+from zoo.train.runs import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

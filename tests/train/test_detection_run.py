@@ -19,11 +19,11 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from zoo.runs import load_checkpoint
 from zoo.train.detection import coco_average_precision
 from zoo.train.detection.app import main
 from zoo.train.detection.digits_coco import DigitsCoco, build_digits_coco
 from zoo.train.detection.loops import TrainLoop
+from zoo.train.runs import load_checkpoint
 
 SMALL = [
     "detector.channels=16",

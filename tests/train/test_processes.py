@@ -17,8 +17,8 @@ import torch
 import training
 from training import RANDOM, assert_same_run, checkpoint, metrics, summary, train
 
-import zoo.runs as runs
 import zoo.train.engine as engine
+import zoo.train.runs as runs
 from zoo.train.app import EXIT_INTERRUPTED, main
 
 ROOT = Path(__file__).parents[2]

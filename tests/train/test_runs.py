@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import zoo.runs as runs
+import zoo.train.runs as runs
 from zoo.errors import UserError
-from zoo.runs import CorruptCheckpointError, load_checkpoint, load_run, lock_run, newest_intact, save_checkpoint
+from zoo.train.runs import CorruptCheckpointError, load_checkpoint, load_run, lock_run, newest_intact, save_checkpoint
 
 
 def _write(run: Path, steps: int) -> Path:

@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from zoo.errors import UserError
-from zoo.runs import Run, load_run, lock_run, write_atomic
 from zoo.train import app
 from zoo.train.compose import SCHEMAS, compose_config, forbid_targets, prepare, typed
 from zoo.train.engine import Interrupted, _determinism, _Signals
+from zoo.train.runs import Run, load_run, lock_run, write_atomic
 from zoo.train.state import World, join_world
 
 from .checkpoints import read_detector_checkpoint

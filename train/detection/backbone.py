@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import UserError
 from zoo.registry import require_model
-from zoo.runs import load_run, select_weights
+from zoo.train.runs import load_run, select_weights
 
 from .checkpoints import adapt_backbone_keys
 from .registry import MODELS

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from zoo.runs import write_atomic
+from zoo.train.runs import write_atomic
 
 __all__ = ["Gallery", "plot_detection_curves"]
 

@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 
 from zoo._version import __version__
 from zoo.errors import UserError
-from zoo.runs import newest_intact, save_checkpoint, write_atomic
 from zoo.train.engine import Interrupted, TrainingFailed, _Signals
 from zoo.train.loggers import Console, Loggers
 from zoo.train.report import _git_revision
+from zoo.train.runs import newest_intact, save_checkpoint, write_atomic
 from zoo.train.state import World, rng_state
 
 from .config import DetectConfig

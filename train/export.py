@@ -3,8 +3,8 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from timm.models import save_for_hf
 
 from zoo._version import __version__
 from zoo.errors import UserError
-from zoo.registry import nearest_names, require_model
-from zoo.runs import Run, load_run, select_weights
+from zoo.registry import nearest_names
+from zoo.train.build import build_model, load_weights
+from zoo.train.compose import from_container
+from zoo.train.config import TrainConfig
+from zoo.train.data import resolve_transform
+from zoo.train.runs import Run, load_run, select_weights
 
-__all__ = ["ExportConfig", "export_run", "main"]
-
-FORMATS = ("timm",)
+__all__ = ["FORMATS", "ExportConfig", "Exported", "export_run", "main"]
 
 
 @dataclass
@@ -84,33 +86,39 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
     return config
 
 
-def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
-    """Write a run's weights as a timm model folder: model.safetensors, config.json, README.md.
+@dataclass(frozen=True)
+class Exported:
+    """What a format writes: a model with a run's weights, and where they come from."""
 
-    The folder appears whole or not at all.
+    run: Run
+    cfg: TrainConfig
+    model: torch.nn.Module
+    state: dict[str, Any]  # the checkpoint
+    checkpoint: str  # its name
+    weights: str  # ema or raw
+
+    @property
+    def data_name(self) -> str:
+        """What the run was trained on."""
+        return self.cfg.data.name or "an image folder"
+
+
+def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
+    """Write a run's weights in a format of FORMATS into a folder, which appears whole or not at all.
 
     Raises:
         UserError: the run, its checkpoint or its weights are not there, or `out` is taken.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
         raise UserError(f"out={out} is not an empty folder; give another one or overwrite=true")
-    path, state = run.checkpoint(config.checkpoint)
-    weights, kind = select_weights(state, config.weights)
-    model = _rebuild(run, state)
-    model.load_state_dict(weights)
-    model.eval()
-
+    exported = _open(run, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise UserError(f"out={out} cannot be written: {error.strerror}; give another folder") from error
     try:
-        # these weights are not the published ones, whose tag and figures the configuration still carries
-        own = {"pretrained_cfg": {"tag": None, "notes": None, "description": f"trained on {_data_name(run)}"}}
-        data_config = _data_config(run, model)
-        save_for_hf(model, str(temporary), model_config=own, safe_serialization=True, data_config=data_config)
-        (temporary / "README.md").write_text(_card(run, state, model, kind, path.stem))
+        FORMATS[config.format](exported, temporary)
         temporary.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
@@ -120,46 +128,39 @@ def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
     return out
 
 
-def _rebuild(run: Run, state: dict[str, Any]) -> torch.nn.Module:
-    """The run's model with fresh weights, built from plain arguments that config.json can hold."""
-    section = run.config["model"]
-    name = section["name"]
-    require_model(name)
-    arguments: dict[str, Any] = {**section.get("kwargs", {}), "in_chans": section.get("in_chans", 3)}
-    cfg = timm.models.get_pretrained_cfg(name)
-    size = run.config["data"].get("img_size")
-    if cfg is not None and cfg.fixed_input_size and size:
-        arguments.setdefault("img_size", size)
-    return timm.create_model(name, pretrained=False, num_classes=state["num_classes"], **arguments)
+def _open(run: Run, config: ExportConfig) -> Exported:
+    if "detector" in run.config:
+        raise UserError(f"{run.path} is a run of `zoo detect`; mmdet's tools take its checkpoints as they are")
+    cfg = from_container(run.config, TrainConfig)
+    path, state = run.checkpoint(config.checkpoint)
+    weights, kind = select_weights(state, config.weights)
+    # what regularizes training is no part of the exported model's arguments
+    plain = replace(cfg.model, drop_rate=None, drop_path_rate=None, grad_checkpointing=False)
+    model = build_model(plain, state["num_classes"], cfg.data.img_size, pretrained=False)
+    load_weights(model, weights, f"checkpoint {path}")
+    return Exported(run, cfg, model.eval(), state, path.stem, kind)
 
 
-def _data_config(run: Run, model: torch.nn.Module) -> dict[str, Any]:
-    """The preprocessing that the run evaluated with, in timm's terms."""
-    data = run.config["data"]
-    asked = {k: data[k] for k in ("mean", "std", "interpolation", "crop_pct", "img_size") if data.get(k) is not None}
-    channels = run.config["model"].get("in_chans", 3)
-    asked["in_chans"] = channels
-    found = timm.data.resolve_data_config(asked, pretrained_cfg=model.pretrained_cfg)
-    for key in ("mean", "std"):
-        values = list(found[key])
-        found[key] = tuple(values if len(values) == channels else [sum(values) / len(values)] * channels)
-    return {k: found[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+def _write_timm(exported: Exported, folder: Path) -> None:
+    """model.safetensors, config.json and a model card, in timm's hub layout."""
+    # these weights are not the published ones, whose tag and figures the configuration still carries
+    own = {"pretrained_cfg": {"tag": None, "notes": None, "description": f"trained on {exported.data_name}"}}
+    shape = resolve_transform(exported.cfg.data, exported.model, exported.cfg.model.in_chans)
+    data_config = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    save_for_hf(exported.model, str(folder), model_config=own, safe_serialization=True, data_config=data_config)
+    (folder / "README.md").write_text(_card(exported))
 
 
-def _data_name(run: Run) -> str:
-    return run.config["data"].get("name") or "an image folder"
-
-
-def _card(run: Run, state: dict[str, Any], model: torch.nn.Module, kind: str, checkpoint: str) -> str:
+def _card(exported: Exported) -> str:
     """A model card in the hub's form: what it is, what it was trained on, what it scores, how to load it."""
-    name = run.config["model"]["name"]
-    summary = run.summary or {}
+    name, state, model = exported.cfg.model.name, exported.state, exported.model
+    summary = exported.run.summary or {}
     cfg = timm.models.get_pretrained_cfg(name)
     parameters = sum(p.numel() for p in model.parameters())
     facts = {
         "model": f"`{name}`, {parameters / 1e6:.2f} M parameters, {state['num_classes']} classes",
-        "trained on": f"{_data_name(run)}, {state.get('epoch', 0)} epochs, {state.get('step', 0)} updates",
-        "weights": f"{'averaged (EMA)' if kind == 'ema' else 'raw'}, checkpoint `{checkpoint}`",
+        "trained on": f"{exported.data_name}, {state.get('epoch', 0)} epochs, {state.get('step', 0)} updates",
+        "weights": f"{'averaged (EMA)' if exported.weights == 'ema' else 'raw'}, checkpoint `{exported.checkpoint}`",
         "top-1": f"{summary['top1']:.2f} % on the held-out images (end of the run)"
         if "top1" in summary
         else "not measured",
@@ -175,6 +176,10 @@ def _card(run: Run, state: dict[str, Any], model: torch.nn.Module, kind: str, ch
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
         "```",
     ]
-    settings = ["## Training configuration", "```json", json.dumps(run.config, indent=1), "```"]
+    settings = ["## Training configuration", "```json", json.dumps(exported.run.config, indent=1), "```"]
     body = [f"# {name}", "", "| | |", "|---|---|", *rows, "", "## Use", *code, "", *settings]
     return "\n".join([*front, *body, "", f"Written by attention-zoo {__version__}.", ""])
+
+
+# format=NAME -> what writes it into an empty folder
+FORMATS: dict[str, Callable[[Exported, Path], None]] = {"timm": _write_timm}

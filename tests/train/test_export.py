@@ -8,7 +8,8 @@ import timm
 import torch
 
 from zoo.cli import main
-from zoo.runs import load_run, select_weights
+from zoo.train.export import FORMATS
+from zoo.train.runs import load_run, select_weights
 
 SMALL = ["model.kwargs.depths=[1,1]", "model.kwargs.num_heads=[2,4]"]
 ARGUMENTS = ["dry_run=true", "batch_size=16", "ema.enabled=true", *SMALL]
@@ -101,3 +102,15 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_run_of_a_detector(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text() + "detector:\n  name: retinanet\n")
+    assert main(["export", f"run={tmp_path}", f"out={tmp_path / 'out'}"]) == 2
+    assert "zoo detect" in capsys.readouterr().err
+
+
+def test_every_format_is_one_of_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(f" {name}: " in usage for name in FORMATS)
