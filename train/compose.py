@@ -12,29 +12,38 @@ import timm
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from zoo.errors import UserError
 from zoo.registry import nearest_names, package_models
-from zoo.train.config import EvalConfig, TrainConfig, validate
+from zoo.train.config import Schema
 
 __all__ = [
-    "SCHEMAS",
     "compose_config",
     "forbid_targets",
     "from_container",
     "known_keys",
     "normalize",
+    "override_value",
+    "parse_overrides",
     "prepare",
     "typed",
+    "updated",
 ]
 
-Config = TypeVar("Config", TrainConfig, EvalConfig)
-SCHEMAS: dict[str, type[Any]] = {"config": TrainConfig, "eval": EvalConfig}
-# Sections whose keys are free: an override sets them without Hydra's `+`.
-_FREE = ("model.kwargs", "optim.kwargs")
+Config = TypeVar("Config")
+_HYDRA_KEYS = (
+    "hydra.searchpath",
+    "hydra.sweep.",
+    "hydra.sweeper.",
+    "hydra/sweeper",
+    "hydra/launcher",
+    "hydra.launcher.",
+)
+_SEARCH_PATH = "hydra.searchpath="
 
 
 def known_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
@@ -46,9 +55,33 @@ def known_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
             yield from known_keys(kind, f"{prefix}{item.name}.")
 
 
-def normalize(overrides: Sequence[str]) -> list[str]:
+def normalize(schema: Schema[Any], overrides: Sequence[str]) -> list[str]:
     """Let free sections take new keys without Hydra's `+`."""
-    return [f"++{o}" if o.startswith(tuple(f"{p}{end}" for p in _FREE for end in (".", "="))) else o for o in overrides]
+    free = tuple(f"{section}{end}" for section in schema.free for end in (".", "="))
+    return [f"++{o}" if o.startswith(free) else o for o in overrides]
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Key and value of every override.
+
+    Raises:
+        UserError: one is no override.
+    """
+    parser = OverridesParser.create()
+    pairs = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+            pairs.append((override.key_or_group, override.value()))
+        except (HydraException, ValueError) as error:
+            raise UserError(f"cannot read the override {text!r}; overrides are key=value, lists key=[a,b]") from error
+    return pairs
+
+
+def override_value(overrides: Sequence[str], key: str) -> str | None:
+    """What the last override of a key says, as text; None where there is none, or where it is empty or null."""
+    found = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.lstrip("+").startswith(f"{key}=")]
+    return found[-1] if found and found[-1] not in ("", "null") else None
 
 
 def forbid_targets(config: Any, path: str = "") -> None:
@@ -65,15 +98,16 @@ def forbid_targets(config: Any, path: str = "") -> None:
             forbid_targets(value, f"{path}{index}.")
 
 
-def _unknown_key(key: str, schema: type[Any]) -> str:
-    near = difflib.get_close_matches(key, list(known_keys(schema)), n=3, cutoff=0.5)
+def _unknown_key(key: str, schema: Schema[Any]) -> str:
+    keys = list(known_keys(schema.config))
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
     if not near:
-        near = [k for k in known_keys(schema) if k.split(".")[-1] == key.split(".")[-1]][:3]
+        near = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]][:3]
     hint = f"the nearest keys are {', '.join(near)}" if near else "`--help` lists the keys"
     return f"unknown key {key!r}; {hint}"
 
 
-def _explain_value(text: str, schema: type[Any]) -> str | None:
+def _explain_value(text: str, schema: Schema[Any]) -> str | None:
     """A message of OmegaConf's as one line, where it is one that users meet."""
     full = re.search(r"full_key: (\S+)", text)
     key = full.group(1) if full else ""
@@ -97,7 +131,7 @@ def _explain_value(text: str, schema: type[Any]) -> str | None:
     return None
 
 
-def _explain(error: Exception, schema: type[Any]) -> str:
+def _explain(error: Exception, schema: Schema[Any]) -> str:
     """One line that names the key or value and the remedy."""
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r}; overrides are key=value, lists key=[a,b]"
@@ -146,51 +180,43 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
     return f"unknown choice {group}={name}; {hint}are {', '.join(options)}"
 
 
-def prepare(search_path: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Register the schemas and check what reaches Hydra itself; returns the overrides in the form that Hydra takes.
+def prepare(schema: Schema[Any], overrides: Sequence[str], search_path: Sequence[str] = ()) -> list[str]:
+    """Register the schema and check what reaches Hydra itself; returns the overrides in the form that Hydra takes.
 
     Raises:
         UserError: a `_target_`, a setting of Hydra's that is not open, or a search path that does not exist.
     """
-    store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
+    ConfigStore.instance().store(name=f"{schema.name}_schema", node=schema.config)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if re.search(r"(^|[.{,\s'\"])_(target|partial|call)_", override):
             raise UserError(f"{override}: a configuration cannot name code to run; use the keys that `--help` lists")
-        open_keys = (
-            "hydra.searchpath",
-            "hydra.sweep.",
-            "hydra.sweeper.",
-            "hydra/sweeper",
-            "hydra/launcher",
-            "hydra.launcher.",
-        )
-        if key.startswith("hydra") and not key.startswith(open_keys):
-            raise UserError(f"{key} is not open to overrides; open are {', '.join(k.rstrip('.') for k in open_keys)}")
-    result = normalize(overrides)
-    if search_path:
-        for folder in search_path:
-            if not Path(folder).is_dir():
-                raise UserError(
-                    f"no configuration folder at {folder}; give the folder that holds model/, data/, experiment/ ..."
-                )
-        if any(o.lstrip("+").startswith("hydra.searchpath=") for o in overrides):
-            raise UserError("both --config-dir and hydra.searchpath are given; keep one")
-        paths = ",".join(f"'file://{Path(folder).resolve()}'" for folder in search_path)
-        result.append(f"hydra.searchpath=[{paths}]")
-    return result
+        if key.startswith("hydra") and not key.startswith(_HYDRA_KEYS):
+            raise UserError(f"{key} is not open to overrides; open are {', '.join(k.rstrip('.') for k in _HYDRA_KEYS)}")
+    for folder in search_path:
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"no configuration folder at {folder}; give the folder that holds model/, data/, experiment/ ..."
+            )
+    given = [o for o in overrides if o.lstrip("+").startswith(_SEARCH_PATH)]
+    if search_path and given:
+        raise UserError("both --config-dir and hydra.searchpath are given; keep one")
+    if not schema.packages and not search_path:
+        return normalize(schema, overrides)
+    paths = [f"pkg://{package}" for package in schema.packages]
+    paths += [p.strip(" '\"") for o in given for p in o.split("=", 1)[1].strip("[] ").split(",")]
+    paths += [f"file://{Path(folder).resolve()}" for folder in search_path]
+    quoted = ",".join(f"'{path}'" for path in paths)
+    return [*normalize(schema, [o for o in overrides if o not in given]), f"{_SEARCH_PATH}[{quoted}]"]
 
 
-def compose_config(name: str, overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
-    """Compose configs/NAME.yaml with overrides.
+def compose_config(schema: Schema[Any], overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
+    """Compose the configuration of a schema with overrides.
 
     Raises:
         UserError: a key, a value or a choice is wrong; the message is one line.
     """
-    schema = SCHEMAS[name]
-    prepared = prepare(search_path, overrides)
+    prepared = prepare(schema, overrides, search_path)
     for _ in range(4):  # a model without a file of its own is registered, and the composition tried again
         GlobalHydra.instance().clear()
         try:
@@ -199,7 +225,7 @@ def compose_config(name: str, overrides: Sequence[str], search_path: Sequence[st
                 initialize_config_module("zoo.configs", version_base="1.3"),
             ):
                 warnings.simplefilter("always")
-                composed = compose(name, overrides=prepared)
+                composed = compose(schema.name, overrides=prepared)
         except MissingConfigException as error:
             problem = _missing_choice(error, overrides)
             if problem:
@@ -216,22 +242,33 @@ def compose_config(name: str, overrides: Sequence[str], search_path: Sequence[st
     raise UserError("the model choices of this configuration do not resolve; give model.name=NAME")
 
 
-def typed(config: Any, schema: type[Any]) -> DictConfig:
+def typed(config: Any, schema: Schema[Any]) -> DictConfig:
     """A configuration merged onto its schema, resolved and free of code.
 
     Raises:
         UserError: a key or value does not fit the schema.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        merged = OmegaConf.merge(OmegaConf.structured(schema.config), config)
         container = OmegaConf.to_container(merged, resolve=True)
         forbid_targets(container)
-        return OmegaConf.merge(OmegaConf.structured(schema), container)  # type: ignore[return-value]
+        return OmegaConf.merge(OmegaConf.structured(schema.config), container)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error
 
 
-def from_container(config: Any, schema: type[Config]) -> Config:
+def updated(config: DictConfig, schema: Schema[Any], key: str, value: Any) -> DictConfig:
+    """The configuration with another value.
+
+    Raises:
+        UserError: key or value does not fit the schema.
+    """
+    changed = OmegaConf.create(OmegaConf.to_container(config))
+    OmegaConf.update(changed, key, value, force_add=True)
+    return typed(changed, schema)
+
+
+def from_container(config: Any, schema: Schema[Config]) -> Config:
     """The configuration as an instance of its dataclass, validated.
 
     Raises:
@@ -245,6 +282,6 @@ def from_container(config: Any, schema: type[Config]) -> Config:
         raise UserError(f"{name} is not set; give {name}=VALUE") from error
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error
-    assert isinstance(instance, schema)
-    validate(instance)
+    assert isinstance(instance, schema.config)
+    schema.validate(instance)
     return instance

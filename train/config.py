@@ -1,24 +1,41 @@
 """The configuration: every key, its type and its default; the closed lists of names; what is checked before a start."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Generic, Optional, TypeVar
 
 from omegaconf import MISSING
 
 from zoo.errors import UserError
 
 __all__ = [
+    "EVAL",
+    "TRAIN",
     "AugmentConfig",
     "DataConfig",
     "EvalConfig",
     "LoggerConfig",
     "ModelConfig",
+    "Schema",
     "TrainConfig",
     "choose",
     "validate",
 ]
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Schema(Generic[Config]):
+    """What a command composes: configs/NAME.yaml, on a dataclass that has its keys, types and defaults."""
+
+    name: str
+    config: type[Config]
+    validate: Callable[[Config], None]  # raises UserError for values that types do not catch
+    free: tuple[str, ...] = ("model.kwargs", "optim.kwargs")  # sections that take new keys without Hydra's `+`
+    packages: tuple[str, ...] = ()  # further homes of configuration groups, searched after zoo.configs
+
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "constant")
 LOSSES = ("ce", "bce", "poly")
@@ -313,3 +330,7 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
         value = getattr(cfg.checkpoint, key)
         _require(value is None or value > 0, f"checkpoint.{key}", value, "more than 0, or null")
     _check_augment(cfg)
+
+
+TRAIN: Schema[TrainConfig] = Schema("config", TrainConfig, validate)
+EVAL: Schema[EvalConfig] = Schema("eval", EvalConfig, validate)

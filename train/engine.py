@@ -1,12 +1,9 @@
 """The training loop: timm's task, optimizer, schedule and mixing, from any checkpoint on, to the same bits."""
 
 import math
-import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +26,12 @@ from zoo.train.loggers import Console, Loggers, write_metrics
 from zoo.train.plot import plot_curves
 from zoo.train.report import describe, write_summary
 from zoo.train.runs import load_checkpoint, newest_intact, save_checkpoint
-from zoo.train.state import World, isolated_rng, restore_rng, rng_state
+from zoo.train.state import World, determinism, isolated_rng, restore_rng, rng_state
+from zoo.train.stop import Interrupted, Signals, TrainingFailed
 
-__all__ = ["Interrupted", "Progress", "Trainer", "TrainingFailed"]
+__all__ = ["Progress", "Trainer"]
 
 FORMAT = 1
-
-
-class Interrupted(BaseException):
-    """A signal stopped the run after its state was saved. No Exception, so that a sweep stops with its job."""
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on, such as after a loss that is no number."""
 
 
 @dataclass
@@ -56,50 +46,6 @@ class Progress:
     loss_sum: float = 0.0  # of the epoch under way, over its micro-batches, in this process
     best: float = -1.0
     best_epoch: int = 0
-
-
-class _Signals:
-    """SIGTERM and SIGINT ask once for an orderly stop; the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _determinism(enabled: bool) -> Iterator[None]:
-    """Deterministic algorithms inside the block where PyTorch has them."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark,
-    )
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not enabled
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = before[3]
 
 
 class Trainer:
@@ -117,7 +63,7 @@ class Trainer:
     def __init__(self, cfg: TrainConfig, run_dir: Path, world: World) -> None:
         self.cfg, self.run_dir, self.world = cfg, run_dir, world
         self.checkpoints = run_dir / "checkpoints"
-        self.signals = _Signals()
+        self.signals = Signals()
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         if cfg.threads is not None:
@@ -501,7 +447,7 @@ class Trainer:
             TrainingFailed: the loss is no longer a number.
         """
         try:
-            with self.signals.installed(), _determinism(self.cfg.deterministic):
+            with self.signals.installed(), determinism(self.cfg.deterministic):
                 return self._fit()
         finally:
             self.loader.close()

@@ -19,7 +19,7 @@ from zoo.errors import UserError
 from zoo.registry import nearest_names
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
-from zoo.train.config import TrainConfig
+from zoo.train.config import TRAIN, TrainConfig
 from zoo.train.data import resolve_transform
 from zoo.train.runs import Run, load_run, select_weights
 
@@ -131,7 +131,7 @@ def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
 def _open(run: Run, config: ExportConfig) -> Exported:
     if "detector" in run.config:
         raise UserError(f"{run.path} is a run of `zoo detect`; mmdet's tools take its checkpoints as they are")
-    cfg = from_container(run.config, TrainConfig)
+    cfg = from_container(run.config, TRAIN)
     path, state = run.checkpoint(config.checkpoint)
     weights, kind = select_weights(state, config.weights)
     # what regularizes training is no part of the exported model's arguments

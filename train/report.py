@@ -16,7 +16,7 @@ from zoo.train.config import TrainConfig
 from zoo.train.runs import write_atomic
 from zoo.train.state import World
 
-__all__ = ["describe", "last_line", "write_summary"]
+__all__ = ["describe", "git_revision", "write_summary"]
 
 
 def describe(row: Mapping[str, Any], epochs: int, eta: str) -> str:
@@ -31,7 +31,7 @@ def describe(row: Mapping[str, Any], epochs: int, eta: str) -> str:
     return "  ".join([*parts, f"ETA {eta}"])
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """The revision of the checkout that this package runs from; None where it is installed."""
     folder = Path(__file__).resolve().parent
 
@@ -77,7 +77,7 @@ def write_summary(
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
         "threads": torch.get_num_threads(),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "versions": {
             "zoo": __version__,
             "python": platform.python_version(),
@@ -89,9 +89,3 @@ def write_summary(
     if world.is_primary:
         write_atomic(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def last_line(summary: Mapping[str, Any], run_dir: Path) -> str:
-    """The last line that a run prints."""
-    dry = "dry run passed: one step, saved, loaded, evaluated; " if summary["dry_run"] else ""
-    return f"{dry}top-1 {summary['top1']:.2f} % on {summary['held_out']} held-out images; run folder: {run_dir}"

@@ -10,20 +10,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from zoo.errors import UserError
+from zoo.train.state import World, join_world
+from zoo.train.stop import Interrupted
 
 __all__ = [
     "CHECKPOINTS",
     "CorruptCheckpointError",
     "Run",
+    "claim_folder",
     "load_checkpoint",
     "load_run",
     "lock_run",
@@ -31,6 +37,7 @@ __all__ = [
     "save_checkpoint",
     "select_weights",
     "write_atomic",
+    "write_config",
 ]
 
 CHECKPOINTS = ("last", "previous", "best")
@@ -292,3 +299,87 @@ def lock_run(run_folder: str | Path) -> Any:
             f"run {run_folder} is being written by another process; wait for it or stop it first"
         ) from error
     return file
+
+
+def write_config(run_folder: Path, cfg: Any) -> None:
+    """Write config.yaml, from which the run is taken up again."""
+    write_atomic(run_folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True))
+
+
+@contextmanager
+def claim_folder(
+    cfg: Any, own: Path | None, device: str, command: str, *, leftovers: Sequence[str] = ()
+) -> Iterator[tuple[World, Path]]:
+    """Join the processes of a run and hold its folder, an old one or a new one, which `cfg` then names.
+
+    A new folder in which nothing was trained goes away with a UserError.
+
+    Args:
+        cfg: a configuration with run_dir, run_root, model.name and data.name; its run_dir is set.
+        own: the folder of the run that goes on; None makes a new one.
+        device: as in `device=`.
+        command: the command that continues an interrupted run, as in `zoo train`.
+        leftovers: what the command may have written into a new folder beside config.yaml and metrics.csv.
+
+    Raises:
+        UserError: the device is not there, or the folder cannot be made or is in use.
+    """
+    world = join_world(device)
+    folder, lock = Path(), None
+    try:
+        if world.is_primary:
+            folder = own or _new_folder(cfg)
+            folder.mkdir(exist_ok=True)
+            lock = lock_run(folder)
+        folder = Path(world.from_primary(str(folder)))
+        cfg.run_dir = str(folder)
+        yield world, folder
+    except Interrupted:
+        if world.is_primary:
+            print(f"interrupted; the state is saved; `zoo {command} resume={folder}` continues", flush=True)
+        raise
+    except UserError:
+        if lock is not None and own is None and not (folder / "checkpoints").exists():
+            _discard(folder, ("config.yaml", "metrics.csv", ".lock", *leftovers))
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+        world.leave()
+
+
+def _new_folder(cfg: Any) -> Path:
+    if cfg.run_dir is not None:
+        folder = Path(cfg.run_dir)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"run_dir={folder} is not empty; continue it with resume={folder}, or give another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; give another folder") from error
+        return folder
+    data = cfg.data.name.replace("/", "_") or "imagefolder"
+    base = Path(cfg.run_root) / f"{cfg.model.name}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for count in range(1, 1000):
+        folder = base if count == 1 else base.with_name(f"{base.name}-{count}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"run_root={cfg.run_root} cannot be written: {error.strerror}; give another folder"
+            ) from error
+    raise UserError(f"{base} and its numbered names are all taken; give run_dir=FOLDER")
+
+
+def _discard(folder: Path, names: Sequence[str]) -> None:
+    """Remove what a start wrote into a folder, and the folder if nothing else is in it."""
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()

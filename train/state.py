@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from timm.utils.distributed import init_distributed_device_so
 
 from zoo.errors import UserError
 
-__all__ = ["World", "derive_seed", "isolated_rng", "join_world", "restore_rng", "rng_state"]
+__all__ = ["World", "derive_seed", "determinism", "isolated_rng", "join_world", "restore_rng", "rng_state"]
 
 
 def derive_seed(*key: int) -> int:
@@ -69,6 +70,28 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def determinism(enabled: bool) -> Iterator[None]:
+    """Deterministic algorithms inside the block where PyTorch has them."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not enabled
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = before[3]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import RANDOM, assert_same_run, checkpoint, metrics, resume, summary, train
 
 import zoo.train.engine as engine
-from zoo.train.app import EXIT_FAILED, EXIT_INTERRUPTED, main
+from zoo.train.app import main
 from zoo.train.runs import load_run, newest_intact, select_weights
+from zoo.train.shell import EXIT_FAILED, EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow

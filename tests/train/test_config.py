@@ -14,7 +14,7 @@ from PIL import Image
 
 from zoo.train.app import main
 from zoo.train.compose import compose_config, from_container
-from zoo.train.config import TrainConfig
+from zoo.train.config import TRAIN
 
 ROOT = Path(__file__).parents[2]
 
@@ -197,24 +197,24 @@ def test_internal_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_any_model_name_is_a_choice() -> None:
     for name in ("test_vit", "resnet18.a1_in1k", "nat_tiny"):
-        assert compose_config("config", [f"model={name}"]).model.name == name
-    assert compose_config("config", ["model=nat_digits"]).model.kwargs.depths == [1, 2, 2]
+        assert compose_config(TRAIN, [f"model={name}"]).model.name == name
+    assert compose_config(TRAIN, ["model=nat_digits"]).model.kwargs.depths == [1, 2, 2]
 
 
 def test_free_sections_take_new_keys() -> None:
-    config = compose_config("config", ["model.kwargs.dilations=[1,2]", "optim.kwargs={betas: [0.9, 0.95]}"])
+    config = compose_config(TRAIN, ["model.kwargs.dilations=[1,2]", "optim.kwargs={betas: [0.9, 0.95]}"])
     assert config.model.kwargs.dilations == [1, 2]
     assert config.optim.kwargs.betas == [0.9, 0.95]
 
 
 def test_data_choose_their_augmentation(tmp_path: Path) -> None:
-    assert compose_config("config", []).augment.hflip == 0
-    assert compose_config("config", ["data=imagenet", "data.root=x"]).augment.mixup == 0.8
-    assert compose_config("config", ["data=imagenet", "augment=none"]).augment.enabled is False
+    assert compose_config(TRAIN, []).augment.hflip == 0
+    assert compose_config(TRAIN, ["data=imagenet", "data.root=x"]).augment.mixup == 0.8
+    assert compose_config(TRAIN, ["data=imagenet", "augment=none"]).augment.enabled is False
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "mine.yaml").write_text("name: imagefolder\nroot: somewhere\n")
-    mine = compose_config("config", ["data=mine"], [str(tmp_path)])
+    mine = compose_config(TRAIN, ["data=mine"], [str(tmp_path)])
     assert mine.data.root == "somewhere"
     assert mine.augment.hflip == 0.5
 
@@ -223,7 +223,7 @@ def test_hydra_searchpath(tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: test_vit\nepochs: 7\n")
-    config = compose_config("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    config = compose_config(TRAIN, [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
     assert config.epochs == 7
     assert config.model.name == "test_vit"
 
@@ -243,11 +243,11 @@ CHOICES = {
 def test_every_configuration_composes(group: str, name: str) -> None:
     assert (ROOT / "configs" / group / f"{name}.yaml").is_file()
     extra = {"timm": ["data.name=hfds/x"], "default": ["model.name=nat_mini"]}.get(name, [])
-    from_container(compose_config("config", [f"{group}={name}", *extra]), TrainConfig)
+    from_container(compose_config(TRAIN, [f"{group}={name}", *extra]), TRAIN)
 
 
 def test_nat_recipe_is_the_published_one() -> None:
-    config = compose_config("config", ["experiment=nat_small", "data.root=x"])
+    config = compose_config(TRAIN, ["experiment=nat_small", "data.root=x"])
     assert config.model.name == "nat_small"
     assert (config.epochs, config.schedule.cooldown_epochs, config.schedule.warmup_epochs) == (300, 10, 20)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (1e-3, 0.05, 5.0)

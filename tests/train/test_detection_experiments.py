@@ -7,8 +7,10 @@ import pytest
 
 pytest.importorskip("mmdet")
 
-from zoo.train.detection.app import _build_only, _settings, detect_config
+from zoo.train.compose import from_container
+from zoo.train.detection.app import build_only, detect_config
 from zoo.train.detection.coco_data import open_coco
+from zoo.train.detection.config import DETECT
 from zoo.train.detection.mmdet_config import compose_mmdet
 
 FOLDER = Path(__file__).parents[2] / "configs/experiment"
@@ -24,9 +26,9 @@ QUICK = [
 
 
 def build(name: str) -> None:
-    cfg = _settings(detect_config([f"experiment={name}", "dry_run=true"]))
+    cfg = from_container(detect_config([f"experiment={name}", "dry_run=true"]), DETECT)
     config = compose_mmdet(cfg, open_coco(cfg.data, may_lack=True), Path("."))
-    built = float(re.search(r": ([\d.]+) M parameters", _build_only(cfg, config))[1])  # type: ignore[index]
+    built = float(re.search(r": ([\d.]+) M parameters", build_only(cfg, config))[1])  # type: ignore[index]
     published = cfg.notes.get("parameters_m")
     if published is not None:
         assert built == pytest.approx(published, abs=max(1.0, 0.02 * published))
@@ -59,7 +61,7 @@ def test_head_of_the_file_says_what_it_is(name: str) -> None:
 
 
 def test_recipe_is_the_published_one() -> None:
-    cfg = _settings(detect_config(["experiment=coco_cascade_mask_rcnn_dinat_small_3x"]))
+    cfg = from_container(detect_config(["experiment=coco_cascade_mask_rcnn_dinat_small_3x"]), DETECT)
     assert (cfg.schedule.epochs, cfg.schedule.milestones, cfg.schedule.lr, cfg.schedule.weight_decay) == (
         36,
         [27, 33],

@@ -14,7 +14,7 @@ from training import summary
 from zoo.train.app import main
 from zoo.train.build import build_model
 from zoo.train.compose import compose_config, from_container
-from zoo.train.config import ModelConfig, TrainConfig
+from zoo.train.config import TRAIN, ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs/model").glob("*_digits.yaml"))
@@ -49,7 +49,7 @@ class _Calls(TorchDispatchMode):
 
 
 def composed(config: str) -> TrainConfig:
-    return from_container(compose_config("config", [f"model={config}"]), TrainConfig)
+    return from_container(compose_config(TRAIN, [f"model={config}"]), TRAIN)
 
 
 def family(model: str) -> str:
@@ -124,7 +124,7 @@ def test_imagenet_recipe(recipe: str) -> None:
     head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert "arXiv:" in head
     assert "torchrun --nproc-per-node=8 -m zoo.train experiment=" in head
-    config = from_container(compose_config("config", [f"experiment={recipe}", "data.root=x"]), TrainConfig)
+    config = from_container(compose_config(TRAIN, [f"experiment={recipe}", "data.root=x"]), TRAIN)
     assert config.epochs == 300
     assert 8 * config.batch_size * config.grad_accum in (1024, 4096)
     assert build_model(ModelConfig(config.model.name, kwargs={"device": "meta"}), num_classes=1000) is not None
@@ -142,6 +142,6 @@ def test_imagenet_commands_compose(recipe: str) -> None:
     for command in commands:
         overrides = command.replace("IMAGENET", "x").split()
         assert overrides[0] == f"experiment={recipe}"
-        config = from_container(compose_config("config", overrides), TrainConfig)
+        config = from_container(compose_config(TRAIN, overrides), TRAIN)
         name = recipe.removesuffix("_imagenet")
         assert family(config.model.name) == {"dinat": "nat"}.get(name, name)

@@ -19,7 +19,8 @@ from training import RANDOM, assert_same_run, checkpoint, metrics, summary, trai
 
 import zoo.train.engine as engine
 import zoo.train.runs as runs
-from zoo.train.app import EXIT_INTERRUPTED, main
+from zoo.train.app import main
+from zoo.train.shell import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

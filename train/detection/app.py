@@ -1,16 +1,15 @@
-"""`zoo detect`: mmdet's detectors on this package's backbones, from the arguments to an exit code.
+"""`zoo detect`: mmdet's detectors on this package's backbones.
 
 Composes a config of mmdet's, writes it into the run folder as `detector.py` (which mmdet's own tools take), and runs
-mmengine's Runner on it. Exit codes and the run folder are those of `zoo train` (see zoo/train/app.py).
+mmengine's Runner on it. Exit codes and the run folder are those of `zoo train`.
 """
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.resources import files
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +20,47 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from zoo.errors import UserError
-from zoo.train import app
-from zoo.train.compose import SCHEMAS, compose_config, forbid_targets, prepare, typed
-from zoo.train.engine import Interrupted, _determinism, _Signals
-from zoo.train.runs import Run, load_run, lock_run, write_atomic
-from zoo.train.state import World, join_world
+from zoo.train.compose import compose_config, from_container, override_value
+from zoo.train.resume import Changes, resumed_config
+from zoo.train.runs import Run, claim_folder, load_run, write_atomic, write_config
+from zoo.train.shell import Arguments, Command, group_choices, run_command
+from zoo.train.state import World, determinism
+from zoo.train.stop import Signals
 
 from .checkpoints import read_detector_checkpoint
 from .coco_data import CocoFiles, open_coco
-from .config import DetectConfig, validate_detect
+from .config import DETECT, DetectConfig
 from .loops import unreadable_images
 from .mmdet_config import PlainConfig, compose_mmdet
 from .run_hook import RunFolderHook, plain_model, versions
 
-__all__ = ["build_runner", "detect_config", "main"]
+__all__ = ["COMMAND", "Job", "build_only", "build_runner", "detect_config", "main", "prepare"]
 
-SCHEMAS["detect"] = DetectConfig
-_OWN_CONFIGS = "pkg://zoo.configs.detection"  # groups of zoo detect alone, apart from those of zoo train
-_FREE = ("detector.overrides", "notes")
-_OWN_GROUPS = ("data", "detector", "schedule")
-_GROUPS = ("data", "detector", "experiment", "logger", "model", "schedule")
-# What may change when a run is continued: nothing that the updates already made depend on.
-_RESUME_KEYS = (
-    "max_steps",
-    "eval_every",
-    "log_every",
-    "val_batch_size",
-    "pictures",
-    "debug",
-    "data.root",
-    "data.num_workers",
-)
-_RESUME_SECTIONS = ("checkpoint.", "logger.")
-# What an evaluation of a run may change.
-_EVAL_KEYS = (
-    "eval",
-    "run",
-    "dry_run",
-    "checkpoint_name",
-    "out",
-    "val_batch_size",
-    "pictures",
-    "threads",
-    "debug",
-    "log_every",
-)
+_RESUMED = Changes(
+    "a resumed run",
+    (
+        "max_steps", "eval_every", "log_every", "val_batch_size", "pictures", "debug", "data.root", "data.num_workers",
+    ),
+    ("checkpoint.", "logger."),
+    "start a new run instead",
+)  # fmt: skip
+_EVALUATED = Changes(
+    "an evaluation of the run",
+    (
+        "eval", "run", "dry_run", "checkpoint_name", "out", "val_batch_size", "pictures", "threads", "debug",
+        "log_every",
+    ),
+    ("data.",),
+    "leave it out",
+)  # fmt: skip
+_LEFTOVERS = ("detector.py", "unreadable_images.jsonl", "mmengine")  # of a start that came to nothing
 _DRY_IMAGES = 4
 _STOCK_HOOKS = ("timer", "logger", "checkpoint")  # for mmdet's own tools; the run folder's hook stands in for them
+_TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
+_VALIDATION = ("val_dataloader", "val_cfg", "val_evaluator")
+_TEST = ("test_dataloader", "test_cfg", "test_evaluator")
 
 
 def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
@@ -79,60 +69,7 @@ def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> 
     Raises:
         UserError: a key, a value or a choice is wrong; the message is one line.
     """
-    free = tuple(f"{key}{end}" for key in _FREE for end in (".", "="))
-    prepared = [f"++{o}" if o.startswith(free) else o for o in overrides if not o.startswith("hydra.searchpath=")]
-    paths = [_OWN_CONFIGS]
-    for override in overrides:
-        if override.startswith("hydra.searchpath="):
-            paths += [p.strip(" '\"") for p in override.split("=", 1)[1].strip("[] ").split(",")]
-    for folder in search_path:
-        if not Path(folder).is_dir():
-            raise UserError(
-                f"no configuration folder at {folder}; give the folder that holds detector/, experiment/ ..."
-            )
-        paths.append(f"file://{Path(folder).resolve()}")
-    quoted = ",".join(f"'{path}'" for path in paths)
-    return compose_config("detect", [*prepared, f"hydra.searchpath=[{quoted}]"])
-
-
-def _settings(config: DictConfig) -> DetectConfig:
-    try:
-        cfg = OmegaConf.to_object(typed(config, DetectConfig))
-    except MissingMandatoryValue as error:
-        raise UserError(f"{str(error).splitlines()[0]}; give model=NAME, detector=NAME and data=NAME") from error
-    assert isinstance(cfg, DetectConfig)
-    validate_detect(cfg)
-    return cfg
-
-
-def _merged(
-    base: DictConfig, overrides: Sequence[str], keys: Sequence[str], sections: Sequence[str], what: str
-) -> DictConfig:
-    """A run's configuration with those overrides that may change.
-
-    Raises:
-        UserError: another override differs from the run's value.
-    """
-    for key, value in app._parsed(overrides):
-        key = key.replace("/", ".")
-        if key == "resume":
-            continue
-        if key in keys or key.startswith(tuple(sections)):
-            base = app._update(base, key, value, DetectConfig)
-            continue
-        current = None
-        with suppress(OmegaConfBaseException):
-            current = OmegaConf.select(base, key)
-        if isinstance(current, DictConfig) and isinstance(value, str):
-            current = current.get("name")
-        if OmegaConf.is_config(current):
-            current = OmegaConf.to_container(current)
-        if current != value:
-            may = ", ".join([*keys, *(f"{s}*" for s in sections)])
-            raise UserError(
-                f"{key}={value} conflicts with the run's {key}={current}; {what} keeps it (what may change: {may})"
-            )
-    return base
+    return compose_config(DETECT, overrides, search_path)
 
 
 @contextmanager
@@ -156,14 +93,8 @@ def _quiet(debug: bool) -> Iterator[None]:
 def build_runner(config: Config, hook: RunFolderHook, world: World, *, train: bool) -> Runner:
     """mmengine's Runner for a composed config, with the run folder's hook."""
     config = PlainConfig(config.to_dict())
-    if not train:
-        for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
-            config[key] = None
-        for key in ("val_dataloader", "val_cfg", "val_evaluator"):
-            config[key] = None
-    else:
-        for key in ("test_dataloader", "test_cfg", "test_evaluator"):
-            config[key] = None
+    for key in _TEST if train else (*_TRAINING, *_VALIDATION):
+        config[key] = None
     for name in _STOCK_HOOKS:
         config.default_hooks[name] = None
     config.log_level = "WARNING"
@@ -177,30 +108,13 @@ def build_runner(config: Config, hook: RunFolderHook, world: World, *, train: bo
     return runner
 
 
-def _load_weights(runner: Runner, path: str) -> None:
-    try:
-        state_dict = read_detector_checkpoint(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; give weights=FILE") from error
-    except RuntimeError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    _load_strictly(runner, state_dict, path)
-
-
-def _load_strictly(runner: Runner, state_dict: dict[str, Any], path: str | Path) -> None:
-    try:
-        plain_model(runner).load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the detector: {' '.join(str(error).split())[:600]}") from error
-
-
 def _limit(config: Config) -> None:
     """Let a dry run evaluate a few images only."""
     for key in ("val_dataloader", "test_dataloader"):
         config[key].dataset.dataset.indices = _DRY_IMAGES
 
 
-def _build_only(cfg: DetectConfig, config: Config) -> str:
+def build_only(cfg: DetectConfig, config: Config) -> str:
     """Build detector and optimizer without memory for weights; what was built, in one line."""
     config.model.backbone.pretrained = False
     plain = {k: v for k, v in config.optim_wrapper.items() if k not in ("dtype", "loss_scale")}
@@ -214,59 +128,119 @@ def _build_only(cfg: DetectConfig, config: Config) -> str:
     return f"{cfg.detector.name} with {cfg.model.name}: {parameters:.1f} M parameters in {groups} groups"
 
 
-def _train(cfg: DetectConfig, run: Run | None) -> None:
-    data = open_coco(cfg.data, may_lack=cfg.dry_run)
-    if not data.present:
-        config = compose_mmdet(cfg, data, Path(cfg.run_root))
-        print(f"dry run passed: {_build_only(cfg, config)}; no step was made, for data.root is not set", flush=True)
-        return
-    if cfg.amp != "none" and not torch.cuda.is_available():
+@dataclass(frozen=True)
+class Job:
+    """A detector that is ready to be trained or evaluated, in one of the processes of a run."""
+
+    cfg: DetectConfig
+    run: Run | None  # that is resumed or evaluated
+    world: World
+    folder: Path
+    config: PlainConfig  # mmdet's
+    runner: Runner
+    hook: RunFolderHook
+    weights: str | None  # where they came from, unless the run's checkpoint is resumed
+
+
+@contextmanager
+def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job]:
+    """Make everything ready for training or, with cfg.eval, for an evaluation; at the end let go of it.
+
+    Args:
+        cfg: the validated configuration.
+        run: the run that is resumed or evaluated.
+        data: the data set, which is there.
+
+    Raises:
+        UserError: weights, model, device or folder do not fit the configuration.
+    """
+    source, state_dict = _weights(cfg, run)
+    own = None if run is None else run.path
+    if cfg.eval:
+        cfg.model.pretrained = False
+        own = None if own is None else own / f"evaluation-{cfg.checkpoint_name}"
+    elif cfg.amp != "none" and not torch.cuda.is_available():
         raise UserError(f"amp={cfg.amp} needs a GPU, for mmengine has no mixed precision on the CPU; use amp=none")
-    world = join_world("auto")
-    folder: Path | None = None
-    lock = None
-    try:
-        if world.is_primary:
-            folder = run.path if run is not None else app._new_run_folder(cfg)  # type: ignore[arg-type]
-            lock = lock_run(folder)
-        folder = Path(world.from_primary(str(folder))).resolve()
+    with claim_folder(cfg, own, "auto", "detect", leftovers=_LEFTOVERS) as (world, folder):
+        folder = folder.resolve()
         cfg.run_dir = str(folder)
-        try:
-            _run(cfg, data, folder, world, fresh=run is None)
-        except Interrupted:
-            if world.is_primary:
-                print(f"interrupted; the state is saved; `zoo detect resume={folder}` continues", flush=True)
-            raise
-        except UserError:
-            if world.is_primary and run is None and not (folder / "checkpoints").exists():
-                shutil.rmtree(folder / "mmengine", ignore_errors=True)
-                (folder / "detector.py").unlink(missing_ok=True)
-                app._discard(folder)
-            raise
-    finally:
-        if lock is not None:
-            lock.close()
-        world.leave()
+        if cfg.threads is not None:
+            torch.set_num_threads(cfg.threads)
+        config = compose_mmdet(cfg, data, folder)
+        if cfg.dry_run:
+            _limit(config)
+        if world.is_primary:
+            if not cfg.eval or run is None:
+                write_config(folder, cfg)
+            config.dump(folder / "detector.py")
+            if cfg.eval:
+                (folder / "unreadable_images.jsonl").unlink(missing_ok=True)
+        signals = Signals()
+        hook = RunFolderHook(cfg, folder, world, signals)
+        # an evaluation has nothing to save, so that a signal ends it at once
+        with (
+            nullcontext() if cfg.eval else signals.installed(),
+            determinism(cfg.deterministic),
+            _quiet(cfg.debug),
+        ):
+            runner = build_runner(config, hook, world, train=not cfg.eval)
+            if state_dict is not None:
+                _load_strictly(runner, state_dict, str(source))
+            yield Job(cfg, run, world, folder, config, runner, hook, source)
 
 
-def _run(cfg: DetectConfig, data: CocoFiles, folder: Path, world: World, *, fresh: bool) -> None:
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    config = compose_mmdet(cfg, data, folder)
-    if cfg.dry_run:
-        _limit(config)
-    if world.is_primary:
-        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True))
-        config.dump(folder / "detector.py")
-    signals = _Signals()
-    hook = RunFolderHook(cfg, folder, world, signals)
-    with signals.installed(), _determinism(cfg.deterministic), _quiet(cfg.debug):
-        runner = build_runner(config, hook, world, train=True)
-        if cfg.weights is not None and fresh:
-            _load_weights(runner, cfg.weights)
-        runner.train()
-    if world.is_primary:
-        print(_last_line(json.loads((folder / "summary.json").read_text()), folder), flush=True)
+def _weights(cfg: DetectConfig, run: Run | None) -> tuple[str | None, dict[str, Any] | None]:
+    """What the detector begins with, and where it is from: a run's that is evaluated, a file's, or nothing."""
+    if run is not None and cfg.eval:
+        path, state = run.checkpoint(cfg.checkpoint_name)
+        if state.get("kind") != "detector":
+            raise UserError(f"{path} is no checkpoint of `zoo detect`; `zoo eval run={run.path}` evaluates classifiers")
+        return str(path), state["state_dict"]
+    if run is not None or cfg.weights is None:
+        return None, None
+    try:
+        return cfg.weights, read_detector_checkpoint(cfg.weights)
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; give weights=FILE") from error
+    except RuntimeError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _load_strictly(runner: Runner, state_dict: dict[str, Any], path: str) -> None:
+    try:
+        plain_model(runner).load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the detector: {' '.join(str(error).split())[:600]}") from error
+
+
+def _train(job: Job) -> dict[str, Any]:
+    """Train to the end; the summary."""
+    job.runner.train()
+    return json.loads((job.folder / "summary.json").read_text()) if job.world.is_primary else {}
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    """Evaluate, and write what was found; the summary."""
+    job.runner.test()
+    if not job.world.is_primary:
+        return {}
+    dataset = job.runner.test_loop.dataloader.dataset
+    result = {
+        **{k: v for k, v in job.hook.metrics.items() if "mAP" in k},
+        "images": len(dataset),
+        "unreadable_images": unreadable_images(job.folder / "unreadable_images.jsonl"),
+        "weights": job.weights,
+        "model": job.cfg.model.name,
+        "detector": job.cfg.detector.name,
+        "data": job.cfg.data.name,
+        "versions": versions(),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    write_atomic(job.folder / "summary.json", text)
+    if job.cfg.out is not None:
+        write_atomic(job.cfg.out, text)
+    job.hook.gallery.write(job.folder / "predictions.png", dataset)
+    return result
 
 
 def _last_line(summary: dict[str, Any], folder: Path) -> str:
@@ -279,117 +253,59 @@ def _last_line(summary: dict[str, Any], folder: Path) -> str:
     return f"{dry}{note}{'; '.join(parts)} on {summary['images']} images; run folder: {folder}"
 
 
-def _evaluate(cfg: DetectConfig, run: Run | None) -> None:
-    state_dict, source = None, cfg.weights
-    if run is not None:
-        path, state = run.checkpoint(cfg.checkpoint_name)
-        if state.get("kind") != "detector":
-            raise UserError(f"{path} is no checkpoint of `zoo detect`; `zoo eval run={run.path}` evaluates classifiers")
-        state_dict, source = state["state_dict"], str(path)
-    elif cfg.weights is None:
-        raise UserError("eval=true needs run=RUN_FOLDER, or weights=FILE with model, detector and data")
-    data = open_coco(cfg.data, need_train=False)
-    cfg.model.pretrained = False
-    world = join_world("auto")
-    folder: Path | None = None
-    try:
-        if world.is_primary:
-            folder = run.path / f"evaluation-{cfg.checkpoint_name}" if run is not None else app._new_run_folder(cfg)  # type: ignore[arg-type]
-            folder.mkdir(exist_ok=True)
-        folder = Path(world.from_primary(str(folder))).resolve()
-        if cfg.threads is not None:
-            torch.set_num_threads(cfg.threads)
-        config = compose_mmdet(cfg, data, folder)
-        if cfg.dry_run:
-            _limit(config)
-        signals = _Signals()
-        hook = RunFolderHook(cfg, folder, world, signals)
-        (folder / "unreadable_images.jsonl").unlink(missing_ok=True)
-        with _quiet(cfg.debug):
-            runner = build_runner(config, hook, world, train=False)
-            if state_dict is not None:
-                _load_strictly(runner, state_dict, str(source))
-            else:
-                _load_weights(runner, str(source))
-            runner.test()
-        if world.is_primary:
-            if run is None:
-                write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True))
-            config.dump(folder / "detector.py")
-            dataset = runner.test_loop.dataloader.dataset
-            result = {
-                **{k: v for k, v in hook.metrics.items() if "mAP" in k},
-                "images": len(dataset),
-                "unreadable_images": unreadable_images(folder / "unreadable_images.jsonl"),
-                "weights": source,
-                "model": cfg.model.name,
-                "detector": cfg.detector.name,
-                "data": cfg.data.name,
-                "versions": versions(),
-            }
-            write_atomic(folder / "summary.json", json.dumps(result, indent=2) + "\n")
-            if cfg.out is not None:
-                write_atomic(cfg.out, json.dumps(result, indent=2) + "\n")
-            hook.gallery.write(folder / "predictions.png", dataset)
-            print(_last_line(result, folder), flush=True)
-    finally:
-        world.leave()
-
-
-def _value(overrides: Sequence[str], key: str) -> str | None:
-    found = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.lstrip("+").startswith(f"{key}=")]
-    return found[-1] if found and found[-1] not in ("", "null") else None
-
-
-def _detect(arguments: Any) -> None:
+def _composed(arguments: Arguments) -> tuple[DictConfig, Run | None]:
+    """The configuration of a start, and the run that it resumes or evaluates."""
     overrides, search_path = arguments.overrides, arguments.search_path
-    if arguments.multirun:
-        raise UserError("zoo detect has no --multirun; call it once per run")
-    evaluating = (_value(overrides, "eval") or "false").lower() == "true"
-    folder = _value(overrides, "run") if evaluating else _value(overrides, "resume")
-    run = load_run(folder) if folder is not None else None
-    if run is not None:
-        forbid_targets(run.config)
-        prepare(search_path, overrides)
-        if "detector" not in run.config:
-            raise UserError(f"{run.path} is no run of `zoo detect`; `zoo train resume=` and `zoo eval run=` take it")
-        base = typed(run.config, DetectConfig)
-        if evaluating:
-            config = _merged(base, overrides, _EVAL_KEYS, ("data.",), "an evaluation of the run")
-        else:
-            config = _merged(base, overrides, _RESUME_KEYS, _RESUME_SECTIONS, "a resumed run")
-        config.resume = None
-    else:
-        config = detect_config(overrides, search_path)
+    evaluating = (override_value(overrides, "eval") or "false").lower() == "true"
+    folder = override_value(overrides, "run" if evaluating else "resume")
+    if evaluating and override_value(overrides, "resume") is not None:
+        raise UserError(
+            "resume and eval=true exclude each other; evaluate a run with `zoo detect eval=true run=FOLDER`"
+        )
+    if folder is None:
+        return detect_config(overrides, search_path), None
+    run = load_run(folder)
+    if "detector" not in run.config:
+        raise UserError(f"{run.path} is no run of `zoo detect`; `zoo train resume=` and `zoo eval run=` take it")
+    changes = _EVALUATED if evaluating else _RESUMED
+    return resumed_config(run, DETECT, changes, overrides, search_path), run
+
+
+def _detect(arguments: Arguments) -> None:
+    config, run = _composed(arguments)
     if arguments.show:
         print(OmegaConf.to_yaml(config), end="")
         return
-    cfg = _settings(config)
-    if cfg.eval:
-        _evaluate(cfg, run)
-    else:
-        _train(cfg, run)
+    cfg = from_container(config, DETECT)
+    if cfg.eval and run is None and cfg.weights is None:
+        raise UserError("eval=true needs run=RUN_FOLDER, or weights=FILE with model, detector and data")
+    data = open_coco(cfg.data, need_train=not cfg.eval, may_lack=cfg.dry_run and not cfg.eval)
+    if not data.present:
+        built = build_only(cfg, compose_mmdet(cfg, data, Path(cfg.run_root)))
+        print(f"dry run passed: {built}; no step was made, for data.root is not set", flush=True)
+        return
+    with prepare(cfg, run, data) as job:
+        summary = _evaluate(job) if cfg.eval else _train(job)
+        if job.world.is_primary:
+            print(_last_line(summary, job.folder), flush=True)
 
 
-def _help() -> str:
-    groups = []
-    for name in _GROUPS:
-        root = "zoo.configs.detection" if name in _OWN_GROUPS else "zoo.configs"
-        names = [p.name.removesuffix(".yaml") for p in (files(root) / name).iterdir() if p.name.endswith(".yaml")]
-        if name == "experiment":
-            names = [n for n in names if n.startswith("coco_")]
-        groups.append(f"  {name:<11} {', '.join(sorted(names))}")
-    return (
-        "usage: zoo detect [--config-dir DIR] [--cfg job] [key=value ...]\n\n"
-        "  zoo detect data=coco data.root=DIR model=nat_tiny detector=mask_rcnn schedule=3x\n"
-        "  zoo detect eval=true run=RUN_FOLDER           zoo detect resume=RUN_FOLDER\n\n"
-        "choices, GROUP=NAME (model= also takes every name that `zoo list` and timm know):\n"
-        + "\n".join(groups)
-        + f"\n\nkeys, KEY=VALUE, with their defaults:\n{OmegaConf.to_yaml(detect_config([]))}"
-    )
+def _choices() -> dict[str, Sequence[str]]:
+    shared = group_choices("zoo.configs", ("experiment", "logger", "model"))
+    shared["experiment"] = [name for name in shared["experiment"] if name.startswith("coco_")]
+    return {**shared, **group_choices("zoo.configs.detection")}
 
 
-app.COMMANDS["detect"] = (_detect, "detect")
+COMMAND = Command(
+    "detect",
+    DETECT,
+    _detect,
+    _choices,
+    examples=(
+        "zoo detect data=coco data.root=DIR model=nat_tiny detector=mask_rcnn schedule=3x",
+        "zoo detect eval=true run=RUN_FOLDER           zoo detect resume=RUN_FOLDER",
+    ),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -398,7 +314,4 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: Hydra overrides; `eval=true` evaluates, `resume=FOLDER` continues, `debug=true` shows tracebacks.
     """
-    if any(a in ("-h", "--help") for a in argv):
-        print(_help())
-        return 0
-    return app.main("detect", argv)
+    return run_command(COMMAND, argv)

@@ -6,9 +6,9 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from zoo.errors import UserError
-from zoo.train.config import AMP, WANDB_MODES, CheckpointConfig, LoggerConfig, choose
+from zoo.train.config import AMP, WANDB_MODES, CheckpointConfig, LoggerConfig, Schema, choose
 
-__all__ = ["DetectConfig", "validate_detect"]
+__all__ = ["DETECT", "DetectConfig", "validate_detect"]
 
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn", "atss", "dino")
 AUGMENTATIONS = ("none", "flip", "multiscale", "detr")
@@ -178,7 +178,12 @@ def validate_detect(cfg: DetectConfig) -> None:
     _require(data.pad_divisor >= 1, "data.pad_divisor", data.pad_divisor, "at least 1")
     for key in ("channels", "fc_channels", "roi_samples"):
         _require(getattr(detector, key) >= 8, f"detector.{key}", getattr(detector, key), "at least 8")
-    if cfg.resume and cfg.eval:
-        raise UserError(
-            "resume and eval=true exclude each other; evaluate a run with `zoo detect eval=true run=FOLDER`"
-        )
+
+
+DETECT: Schema[DetectConfig] = Schema(
+    "detect",
+    DetectConfig,
+    validate_detect,
+    free=("model.kwargs", "detector.overrides", "notes"),
+    packages=("zoo.configs.detection",),  # groups of zoo detect alone, apart from those of zoo train
+)

@@ -22,11 +22,11 @@ from omegaconf import OmegaConf
 
 from zoo._version import __version__
 from zoo.errors import UserError
-from zoo.train.engine import Interrupted, TrainingFailed, _Signals
 from zoo.train.loggers import Console, Loggers
-from zoo.train.report import _git_revision
+from zoo.train.report import git_revision
 from zoo.train.runs import newest_intact, save_checkpoint, write_atomic
 from zoo.train.state import World, rng_state
+from zoo.train.stop import Interrupted, Signals, TrainingFailed
 
 from .config import DetectConfig
 from .loops import TrainLoop, unreadable_images
@@ -58,7 +58,7 @@ class RunFolderHook(Hook):
 
     priority = "VERY_LOW"
 
-    def __init__(self, cfg: DetectConfig, run_dir: Path, world: World, signals: _Signals) -> None:
+    def __init__(self, cfg: DetectConfig, run_dir: Path, world: World, signals: Signals) -> None:
         self.cfg, self.run_dir, self.world, self.signals = cfg, run_dir, world, signals
         self.checkpoints = run_dir / "checkpoints"
         self.history: list[dict[str, Any]] = []
@@ -275,7 +275,7 @@ class RunFolderHook(Hook):
             "device": torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else "cpu",
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "versions": versions(),
         }
         write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")

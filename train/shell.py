@@ -1,0 +1,204 @@
+"""From the arguments of a configured command to its exit code: parsing, help, multirun, and errors in one line.
+
+Exit codes: 0 done; 1 an internal error or a failed training; 2 a mistake that the message names; 75 stopped by SIGTERM
+or SIGINT after the state was saved (`resume=RUN_FOLDER` continues); 130 interrupted before there was a state.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, NoReturn
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.errors import UserError
+from zoo.train.compose import compose_config, prepare
+from zoo.train.config import Schema
+from zoo.train.stop import Interrupted
+
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "EXIT_KILLED",
+    "EXIT_USER",
+    "Arguments",
+    "Command",
+    "group_choices",
+    "run_command",
+    "sweep",
+]
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_KILLED = 1, 2, 75, 130
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a command line says."""
+
+    overrides: list[str]
+    search_path: list[str]  # folders of configurations
+    show: bool  # print the configuration and stop
+    multirun: bool
+    help: bool
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that Hydra configures: `zoo NAME`.
+
+    name: as it is typed.
+    schema: what it composes.
+    run: does it; raises UserError for a mistake, Interrupted after a signal.
+    choices: group -> names, for the help.
+    examples: lines for the help.
+    multirun: whether --multirun sweeps.
+    """
+
+    name: str
+    schema: Schema[Any]
+    run: Callable[[Arguments], None]
+    choices: Callable[[], Mapping[str, Sequence[str]]]
+    examples: tuple[str, ...] = ()
+    multirun: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says more")
+
+
+def _parse(command: Command, argv: Sequence[str]) -> Arguments:
+    parser = _Parser(prog=f"zoo {command.name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("--cfg", "-c", choices=("job",))
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    found = parser.parse_intermixed_args(list(argv))
+    if found.multirun and not command.multirun:
+        raise UserError(f"zoo {command.name} has no --multirun; call it once per run")
+    return Arguments(found.overrides, found.config_dir, found.cfg is not None, found.multirun, found.help)
+
+
+def group_choices(package: str, groups: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """The names in the groups of a package of configurations; all groups unless some are named."""
+    found = {}
+    for folder in sorted(files(package).iterdir(), key=lambda p: p.name):
+        if folder.is_dir() and (groups is None or folder.name in groups):
+            names = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+            if names:
+                found[folder.name] = names
+    return found
+
+
+def _help(command: Command) -> str:
+    lines = [f"usage: zoo {command.name} [--config-dir DIR] [--cfg job] [key=value ...]", ""]
+    if command.examples:
+        lines += [*(f"  {example}" for example in command.examples), ""]
+    lines.append("  --config-dir, -cd DIR  a folder of configurations of your own beside the built-in ones")
+    lines.append("  --cfg, -c job          print the configuration and stop")
+    if command.multirun:
+        lines.append("  --multirun, -m         sweep: every combination of the values in key=a,b")
+    lines += ["", "choices, GROUP=NAME (model= also takes every name that `zoo list` and timm know):"]
+    lines += [f"  {group:<11} {', '.join(names)}" for group, names in sorted(command.choices().items())]
+    lines += ["", "keys, KEY=VALUE, with their defaults:", OmegaConf.to_yaml(compose_config(command.schema, []))]
+    return "\n".join(lines)
+
+
+def _check_sweeper(settings: Any) -> None:
+    """Raise UserError where a configuration file would have Hydra run code that is no plugin of its own."""
+    for part in ("sweeper", "launcher"):
+        target = str(settings[part].get("_target_"))
+        if not target.startswith(("hydra._internal.core_plugins.", "hydra_plugins.")):
+            raise UserError(f"hydra.{part}._target_={target}: a configuration cannot name code to run; name a plugin")
+    for part, found in (("callbacks", settings.callbacks), ("job_logging", settings.job_logging.get("handlers"))):
+        if found:
+            raise UserError(f"hydra.{part} is not open to configurations; remove it")
+
+
+def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig], float]) -> None:
+    """Hydra's own multirun: a job for every combination of the values; a sweeper optimizes what the job returns.
+
+    Raises:
+        UserError: a key, a value or a choice of any job is wrong, before the first one starts.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    # composing each job's values first finds wrong keys, and registers models that have no file, before anything runs
+    prepared = prepare(schema, arguments.overrides, arguments.search_path)
+    fixed: list[str] = []
+    for text, override in zip(prepared, OverridesParser.create().parse_overrides(prepared), strict=True):
+        if override.is_sweep_override():
+            if override.is_choice_sweep() or override.is_range_sweep():
+                for value in override.sweep_string_iterator():
+                    one = f"{str(override.input_line).split('=', 1)[0]}={value}"
+                    compose_config(schema, [one], arguments.search_path)
+        elif not override.key_or_group.startswith("hydra"):
+            fixed.append(text)
+    compose_config(schema, fixed, arguments.search_path)
+
+    def task(config: DictConfig) -> float:
+        OmegaConf.set_struct(config, False)
+        if config.run_dir is None:
+            config.run_dir = HydraConfig.get().runtime.output_dir
+        return job(config)
+
+    GlobalHydra.instance().clear()
+    search = create_automatic_config_search_path(
+        calling_file=None, calling_module=None, config_path="pkg://zoo.configs"
+    )
+    hydra = Hydra.create_main_hydra2(task_name="zoo", config_search_path=search)
+    try:
+        composed = hydra.config_loader.load_configuration(schema.name, list(prepared), RunMode.MULTIRUN)
+        _check_sweeper(composed.hydra)
+        hydra.multirun(schema.name, task_function=task, overrides=list(prepared), with_log_configuration=False)
+    except HydraException as error:
+        raise UserError(f"sweep: {str(error).splitlines()[0]}; `zoo train --help` lists keys and choices") from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def run_command(command: Command, argv: Sequence[str]) -> int:
+    """Run a command and return the exit code; errors become one line on stderr.
+
+    Args:
+        command: what to run.
+        argv: the arguments after its name; `debug=true` among them shows tracebacks.
+    """
+    debug = any(o.lstrip("+").lower() == "debug=true" for o in argv)
+
+    def report(message: str, code: int) -> int:
+        if debug:
+            traceback.print_exc()
+        if os.environ.get("RANK", "0") == "0" or code == EXIT_FAILED:
+            print(f"zoo {command.name}: {message}", file=sys.stderr, flush=True)
+        return code
+
+    try:
+        arguments = _parse(command, argv)
+        if arguments.help:
+            print(_help(command))
+            return 0
+        command.run(arguments)
+        return 0
+    except UserError as error:
+        return report(" ".join(str(error).split()), EXIT_USER)
+    except Interrupted:
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        return report("interrupted before there was anything to save", EXIT_KILLED)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        first = " ".join(str(error).split()) or "no message"
+        return report(f"{type(error).__name__}: {first[:400]}; debug=true shows where", EXIT_FAILED)
