@@ -1,4 +1,4 @@
-"""From the configuration to a model, by name, through timm."""
+"""From the configuration to a model, its task, optimizer and schedule, through timm."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,17 @@ from urllib.error import URLError
 
 import timm
 import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
 from torch import nn
 
 import zoo  # noqa: F401  registers this package's models with timm
 from zoo.errors import UserError
 from zoo.registry import require_model
-from zoo.train.config import ModelConfig
+from zoo.train.config import LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 
-__all__ = ["build_model", "first_line", "load_weights"]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+__all__ = ["build_model", "build_optimizer", "build_schedule", "build_task", "load_weights"]
 
 
 def _one_line(error: BaseException) -> str:
@@ -94,3 +92,50 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
             f"{source} does not fit the model ({detail}); evaluate it with the model and classes it was trained with"
         )
     model.load_state_dict(weights)
+
+
+def build_task(cfg: LossConfig, model: nn.Module, *, soft_targets: bool, device: torch.device) -> ClassificationTask:
+    """The model with the loss that the configuration names; `soft_targets` where mixing makes distributions of them."""
+    options: dict[str, Any] = {"loss_type": cfg.name, "smoothing": cfg.smoothing, "soft_targets": soft_targets}
+    if cfg.name == "bce":
+        options |= {"bce_sum": cfg.bce_sum, "bce_target_thresh": cfg.bce_target_thresh}
+    return ClassificationTask(model, criterion_kwargs=options, device=device, verbose=False)
+
+
+def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimizer that the configuration names.
+
+    Raises:
+        UserError: it refuses an argument.
+    """
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=cfg.name,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            momentum=cfg.momentum,
+            layer_decay=cfg.layer_decay,
+            **cfg.kwargs,
+        )
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"optim.name={cfg.name} refuses its arguments: {error}; see optim.kwargs") from error
+
+
+def build_schedule(cfg: ScheduleConfig, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int) -> Any:
+    """Create timm's schedule, which is stepped at every update; `epochs` is without the cooldown."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=cfg.name,
+        num_epochs=epochs,
+        cooldown_epochs=cfg.cooldown_epochs,
+        warmup_epochs=cfg.warmup_epochs,  # type: ignore[arg-type]
+        warmup_lr=cfg.warmup_lr,
+        min_lr=cfg.min_lr,
+        decay_epochs=cfg.decay_epochs,
+        decay_rate=cfg.decay_rate,
+        decay_milestones=cfg.decay_milestones,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return schedule

@@ -6,32 +6,41 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, random_seed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zoo.errors import UserError
-from zoo.train.build import build_model
+from zoo.train.build import build_model, build_optimizer, build_schedule, build_task
 from zoo.train.config import TrainConfig
-from zoo.train.data import EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
+from zoo.train.data import FOLDERS, EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
-from zoo.train.loggers import Console, Loggers, write_metrics
-from zoo.train.plot import plot_curves
-from zoo.train.report import describe, write_summary
-from zoo.train.runs import load_checkpoint, newest_intact, save_checkpoint
+from zoo.train.plot import Panel
+from zoo.train.recorder import Figures, Recorder, versions
+from zoo.train.runs import load_checkpoint
 from zoo.train.state import World, determinism, isolated_rng, restore_rng, rng_state
 from zoo.train.stop import Interrupted, Signals, TrainingFailed
 
 __all__ = ["Progress", "Trainer"]
 
 FORMAT = 1
+FIGURES = Figures(
+    (
+        "epoch", "step", "lr", "train_loss", "val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5",
+        "images_per_second", "seconds",
+    ),
+    (
+        Panel(
+            "cross-entropy",
+            (("train_loss", "training"), ("val_loss", "held out"), ("ema_loss", "held out, EMA")),
+        ),
+        Panel("accuracy (%)", (("top1", "top-1"), ("top5", "top-5"), ("ema_top1", "top-1, EMA"))),
+    ),
+)  # fmt: skip
 
 
 @dataclass
@@ -44,8 +53,6 @@ class Progress:
     images: int = 0  # training images seen, over all processes
     seconds: float = 0.0  # training time, evaluation included
     loss_sum: float = 0.0  # of the epoch under way, over its micro-batches, in this process
-    best: float = -1.0
-    best_epoch: int = 0
 
 
 class Trainer:
@@ -61,11 +68,10 @@ class Trainer:
     """
 
     def __init__(self, cfg: TrainConfig, run_dir: Path, world: World) -> None:
-        self.cfg, self.run_dir, self.world = cfg, run_dir, world
-        self.checkpoints = run_dir / "checkpoints"
+        self.cfg, self.world = cfg, world
+        self.recorder = Recorder(run_dir, cfg, world, FIGURES)
         self.signals = Signals()
         self.progress = Progress()
-        self.history: list[dict[str, Any]] = []
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         self._open_data()
@@ -76,7 +82,7 @@ class Trainer:
         hints: dict[str, Any] = {"batch_size": cfg.batch_size, "seed": cfg.seed}
         self.train_set = open_dataset(cfg.data, True, cfg.model.in_chans, **hints)
         class_map = getattr(getattr(self.train_set, "reader", None), "class_to_idx", None)
-        folder = class_map if cfg.data.name in ("imagefolder", "folder", "") else None
+        folder = class_map if cfg.data.name in FOLDERS else None
         self.val_set = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=folder, **hints)
         found = class_count(cfg.data, self.train_set)
         wanted = cfg.model.num_classes
@@ -105,58 +111,19 @@ class Trainer:
         if cfg.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.mixup = create_mixup(cfg.augment, self.num_classes, cfg.loss.smoothing)
-        self.task = self._create_task(model)
-        self.optimizer = self._create_optimizer(model)
+        self.task = build_task(cfg.loss, model, soft_targets=self.mixup is not None, device=world.device)
+        self.optimizer = build_optimizer(cfg.optim, model)
         if cfg.ema.enabled:
             self.task.setup_ema(decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
         if cfg.compile:
             self.task.compile()
         if world.distributed:
             self.task.prepare_distributed(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-        self.schedule, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=cfg.schedule.name,
-            num_epochs=cfg.epochs,
-            cooldown_epochs=cfg.schedule.cooldown_epochs,
-            warmup_epochs=cfg.schedule.warmup_epochs,  # type: ignore[arg-type]
-            warmup_lr=cfg.schedule.warmup_lr,
-            min_lr=cfg.schedule.min_lr,
-            decay_epochs=cfg.schedule.decay_epochs,
-            decay_rate=cfg.schedule.decay_rate,
-            decay_milestones=cfg.schedule.decay_milestones,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch,
-        )
+        self.schedule = build_schedule(cfg.schedule, self.optimizer, cfg.epochs, self.updates_per_epoch)
         self.schedule.step_update(0)
         self.autocast = autocast(world.device, cfg.amp)
         self.scaler = NativeScaler(device=world.device.type) if cfg.amp == "fp16" else None
         random_seed(cfg.seed, world.rank)  # drop path differs between processes
-
-    def _create_task(self, model: torch.nn.Module) -> ClassificationTask:
-        loss = self.cfg.loss
-        options: dict[str, Any] = {
-            "loss_type": loss.name,
-            "smoothing": loss.smoothing,
-            "soft_targets": self.mixup is not None,
-        }
-        if loss.name == "bce":
-            options |= {"bce_sum": loss.bce_sum, "bce_target_thresh": loss.bce_target_thresh}
-        return ClassificationTask(model, criterion_kwargs=options, device=self.world.device, verbose=False)
-
-    def _create_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        optim = self.cfg.optim
-        try:
-            return create_optimizer_v2(
-                model,
-                opt=optim.name,
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                momentum=optim.momentum,
-                layer_decay=optim.layer_decay,
-                **optim.kwargs,
-            )
-        except (TypeError, ValueError, AssertionError, ImportError) as error:
-            raise UserError(f"optim.name={optim.name} refuses its arguments: {error}; see optim.kwargs") from error
 
     def _state(self) -> dict[str, Any]:
         """The checkpoint; every process takes part."""
@@ -166,7 +133,9 @@ class Trainer:
             "model": self.cfg.model.name,
             "num_classes": self.num_classes,
             **vars(self.progress),
-            "history": self.history,
+            "best": self.recorder.best,
+            "best_epoch": self.recorder.best_epoch,
+            "history": self.recorder.history,
             "config": OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True),
             "world_size": self.world.size,
             "rng": generators,
@@ -179,31 +148,16 @@ class Trainer:
             state |= self.task.get_checkpoint_state(ema=True)
         return state
 
-    def save(self, *, best: bool = False) -> None:
-        """Write `last`, and `best` before it where this epoch is the best: a crash between the two is made good."""
-        self.save_as(*(("best", "last") if best else ("last",)))
-        self.saved_at = time.monotonic()
-
-    def save_as(self, *names: str) -> None:
-        """Write the state under names, in this order; every process takes part.
+    def save(self, *names: str) -> None:
+        """Write the state under names, `last` unless others are given; every process takes part.
 
         Raises:
             UserError: the disk refuses.
         """
-        state = self._state()
-        if not self.world.is_primary:
-            return
-        try:
-            for name in names:
-                kept = "previous.pt" if name == "last" else None
-                save_checkpoint(self.checkpoints / f"{name}.pt", state, previous=kept)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the checkpoint in {self.checkpoints}: {error}; make room and resume"
-            ) from error
+        self.recorder.save(self._state(), *(names or ("last",)))
 
-    def restore(self, state: dict[str, Any], source: Path) -> None:
-        """Continue from a checkpoint.
+    def restore(self, state: dict[str, Any], source: Path) -> str:
+        """Continue from a checkpoint; returns where the run then is.
 
         Raises:
             UserError: it is of another number of processes, another model, or another data set size.
@@ -237,8 +191,9 @@ class Trainer:
         own = state["rng"][self.world.rank]
         self.progress = Progress(**{k: state[k] for k in vars(self.progress)})
         self.progress.loss_sum = own["loss_sum"]
-        self.history = [dict(row) for row in state["history"]]
+        self.recorder.restore(state)
         restore_rng(own)
+        return f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
 
     def _mix(self, images: Tensor, targets: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         off = self.cfg.augment.mix_off_epoch
@@ -283,7 +238,7 @@ class Trainer:
             self._backward(loss / group, update)
         return loss.detach(), update
 
-    def _train_epoch(self, console: Console, loggers: Loggers | None) -> None:
+    def _train_epoch(self) -> None:
         """Train to the end of the epoch, or to the end of the run inside it (max_steps, dry_run)."""
         cfg, progress, world = self.cfg, self.progress, self.world
         if progress.batch >= self.loader.batches or progress.step >= self.total_steps:
@@ -308,7 +263,7 @@ class Trainer:
             self.task.update_ema(step=progress.step)
             self.schedule.step_update(progress.step)
             end = progress.step >= self.total_steps
-            due = self._checkpoint_due()
+            due = self.recorder.due(progress.step)
             stop = world.any(self.signals.received is not None)
             read = world.device.type == "cpu" or progress.step % cfg.log_every == 0 or end or due or stop
             last = None
@@ -317,14 +272,12 @@ class Trainer:
             now = time.perf_counter()
             rate = images_seen / max(now - begin, 1e-9)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
-            console.step(label, last, rate, lr)
-            if loggers is not None and progress.step % cfg.log_every == 0:
-                loggers.log({"train/loss": last, "train/lr": lr, "train/images_per_second": rate}, progress.step)
+            self.recorder.step(label, progress.step, last, lr, rate)
             if stop or due or end:
                 progress.seconds += now - clock
                 clock = now
             if stop:
-                self._stop(loggers)
+                self._stop()
             if end:
                 break
             if due:
@@ -343,23 +296,13 @@ class Trainer:
             if not math.isfinite(value):
                 raise TrainingFailed(
                     f"the loss is {value} near step {self.progress.step}; lower optim.lr or set optim.clip_grad; "
-                    f"the last checkpoint is in {self.checkpoints}"
+                    f"the last checkpoint is in {self.recorder.checkpoints}"
                 )
             self.progress.loss_sum += value
         return values[-1]
 
-    def _checkpoint_due(self) -> bool:
-        cfg = self.cfg.checkpoint
-        if cfg.every_steps is not None and self.progress.step % cfg.every_steps == 0:
-            return True
-        if cfg.every_seconds is None:
-            return False
-        return self.world.any(time.monotonic() - self.saved_at >= cfg.every_seconds)
-
-    def _stop(self, loggers: Loggers | None) -> None:
+    def _stop(self) -> NoReturn:
         self.save()
-        if loggers is not None:
-            loggers.flush()
         raise Interrupted
 
     def _evaluate(self, ema: bool) -> Evaluation:
@@ -382,9 +325,21 @@ class Trainer:
             raise Interrupted
         return result
 
-    def _end_epoch(self, console: Console, loggers: Loggers | None, final: bool) -> None:
+    def _figures(self) -> tuple[dict[str, Any], float]:
+        """What the held-out images say, as columns of the history, and the score for the best checkpoint."""
+        try:
+            raw = self._evaluate(ema=False)
+            averaged = self._evaluate(ema=True) if self.task.has_ema() else None
+        except Interrupted:
+            self._stop()
+        row = {"val_loss": raw.loss, "top1": raw.top1, "top5": raw.top5, "held_out": raw.images}
+        if averaged is not None:
+            row |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
+        return row, (averaged or raw).top1
+
+    def _end_epoch(self, final: bool) -> None:
         """Evaluate, log and save after an epoch, or where the run ends inside one."""
-        cfg, progress = self.cfg, self.progress
+        progress, recorder = self.progress, self.recorder
         clock = time.perf_counter()
         epoch = progress.epoch + 1
         row: dict[str, Any] = {"epoch": epoch, "step": progress.step}
@@ -397,40 +352,38 @@ class Trainer:
         if partial:  # a resumed run goes on inside the epoch, so what follows is no part of its state
             self.save()
         better = False
-        if final or epoch % cfg.eval_every == 0:
-            try:
-                raw = self._evaluate(ema=False)
-                averaged = self._evaluate(ema=True) if self.task.has_ema() else None
-            except Interrupted:
-                self._stop(loggers)
-            row |= {"val_loss": raw.loss, "top1": raw.top1, "top5": raw.top5, "held_out": raw.images}
-            if averaged is not None:
-                row |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
-            score = (averaged or raw).top1
-            better = score > progress.best
-            if better:
-                progress.best, progress.best_epoch = score, epoch
+        if final or epoch % self.cfg.eval_every == 0:
+            figures, score = self._figures()
+            row |= figures
+            better = recorder.is_best(score, epoch)
         progress.seconds += time.perf_counter() - clock
         row |= {"images_per_second": self.rate or None, "seconds": progress.seconds}
-        figures = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step", "held_out")}
-        self.history.append(row)
+        recorder.history.append(row)
         if partial:
             if better:
-                self.save_as("best")
+                self.save("best")
         else:
-            progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-            if final or better or progress.epoch % cfg.checkpoint.every_epochs == 0:
-                self.save(best=better)
-        if self.world.is_primary:
-            write_metrics(self.run_dir / "metrics.csv", self.history)
-        if loggers is not None:
-            loggers.log(figures, progress.step)
-            loggers.flush()
-        console.say(describe(row, self.epochs, console.eta()))
+            progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
+            if better:
+                self.save("best", "last")
+            elif final or recorder.due_after(epoch):
+                self.save()
+        recorder.publish(self._describe(row))
+
+    def _describe(self, row: dict[str, Any]) -> str:
+        """One line on an epoch."""
+        parts = [f"epoch {row['epoch']}/{self.epochs}", f"train loss {row['train_loss']:.4f}"]
+        if row.get("val_loss") is not None:
+            parts += [f"held-out loss {row['val_loss']:.4f}", f"top-1 {row['top1']:.2f} %"]
+        if row.get("ema_top1") is not None:
+            parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
+        if row.get("images_per_second"):
+            parts.append(f"{row['images_per_second']:.0f} images/s")
+        return "  ".join(parts)
 
     def _verify_dry_run(self) -> None:
         """Load what was saved, compare it with what is in memory, and go on from it."""
-        path = self.checkpoints / "last.pt"
+        path = self.recorder.checkpoints / "last.pt"
         state = load_checkpoint(path)
         for ema in (False, True) if self.task.has_ema() else (False,):
             key = "state_dict_ema" if ema else "state_dict"
@@ -454,48 +407,48 @@ class Trainer:
             self.val_loader.close()
 
     def _fit(self) -> dict[str, Any]:
-        world, cfg = self.world, self.cfg
-        found = newest_intact(self.run_dir)
-        if found is not None:
-            path, state, problems = found
-            self.restore(state, path)
-            if world.is_primary:
-                for problem in problems:
-                    print(f"warning: {problem}", flush=True)
-                at = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
-                intact = "the newest intact checkpoint, " if problems else ""
-                print(f"resuming from {intact}{path}: {at}", flush=True)
-        if world.is_primary:
-            for leftover in self.checkpoints.glob(".*.tmp"):
-                leftover.unlink()
-            write_metrics(self.run_dir / "metrics.csv", self.history)
-        self.saved_at = time.monotonic()
+        recorder = self.recorder
+        recorder.resume(self.restore)
         self.rate = 0.0
-        config: Any = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
-        loggers = Loggers(cfg.logger, self.run_dir, config, self.progress.step) if world.is_primary else None
-        console = Console(self.total_steps, self.progress.step, cfg.log_every, world.is_primary)
+        recorder.begin(self.total_steps, self.progress.step)
         try:
-            if world.any(self.signals.received is not None):
-                self._stop(loggers)
+            if self.world.any(self.signals.received is not None):
+                self._stop()
             while self.progress.step < self.total_steps or self.progress.batch > 0:
-                self._train_epoch(console, loggers)
-                if cfg.dry_run:
+                self._train_epoch()
+                if self.cfg.dry_run:
                     self.save()
-                    if world.is_primary:
+                    if self.world.is_primary:
                         self._verify_dry_run()
                 final = self.progress.step >= self.total_steps
-                self._end_epoch(console, loggers, final)
+                self._end_epoch(final)
                 if final:
                     break
         finally:
-            console.close()
-            if loggers is not None:
-                loggers.close()
+            recorder.close()
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
-        summary = write_summary(self.run_dir, self.cfg, self.progress, self.history, self.parameters, self.world)
-        if self.world.is_primary and self.history:
-            title = f"{self.cfg.model.name} on {self.cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %"
-            plot_curves(self.run_dir / "curves.png", self.history, title)
+        """Write summary and curves; their accuracy is the last one, of the averaged weights where there are any."""
+        cfg, progress, recorder = self.cfg, self.progress, self.recorder
+        last: dict[str, Any] = next((row for row in reversed(recorder.history) if row.get("top1") is not None), {})
+        kind = "ema_" if last.get("ema_top1") is not None else ""
+        facts = {
+            "model": cfg.model.name,
+            "data": cfg.data.name,
+            "parameters": self.parameters,
+            "top1": last.get(f"{kind}top1"),
+            "top5": last.get(f"{kind}top5"),
+            "loss": last.get("ema_loss" if kind else "val_loss"),
+            "weights": "ema" if kind else "raw",
+            "held_out": last.get("held_out"),
+            "best_top1": recorder.best,
+            "best_epoch": recorder.best_epoch,
+        }
+        rate = round(progress.images / progress.seconds, 2) if progress.seconds else None
+        summary = recorder.write_summary(
+            facts, step=progress.step, seconds=progress.seconds, rate=rate, packages=versions()
+        )
+        if self.world.is_primary and recorder.history:
+            recorder.plot(f"{cfg.model.name} on {cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %")
         return summary

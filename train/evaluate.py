@@ -16,7 +16,7 @@ from torch import nn
 from zoo.errors import UserError
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
-from zoo.train.data import EvalLoader, class_count, open_dataset, resolve_transform
+from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.runs import load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 
@@ -135,11 +135,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     training = None
-    if cfg.data.name in (
-        "imagefolder",
-        "folder",
-        "",
-    ):  # classes are numbered by the training images where they are there
+    if cfg.data.name in FOLDERS:  # classes are numbered by the training images where they are there
         try:
             training = open_dataset(cfg.data, True, cfg.model.in_chans).reader.class_to_idx
         except UserError:

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.csv, TensorBoard, Weights & Biases, and the terminal."""
+"""Where a run's figures go: tables, TensorBoard, Weights & Biases, and the terminal."""
 
 import csv
 import io
@@ -14,20 +14,15 @@ from zoo.errors import UserError
 from zoo.train.config import LoggerConfig
 from zoo.train.runs import write_atomic
 
-__all__ = ["FIELDS", "Console", "Loggers", "write_metrics"]
-
-FIELDS = (
-    "epoch", "step", "lr", "train_loss", "val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5",
-    "images_per_second", "seconds",
-)  # fmt: skip
+__all__ = ["Console", "Loggers", "write_csv"]
 
 
-def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write metrics.csv: one line per epoch, empty where a figure was not taken."""
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table: one line per row, empty where it lacks a column."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: row.get(k) for k in FIELDS} for row in history)
+    writer.writerows(rows)
     write_atomic(path, buffer.getvalue())
 
 

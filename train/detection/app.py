@@ -34,7 +34,7 @@ from .coco_data import CocoFiles, open_coco
 from .config import DETECT, DetectConfig
 from .loops import unreadable_images
 from .mmdet_config import PlainConfig, compose_mmdet
-from .run_hook import RunFolderHook, plain_model, versions
+from .run_hook import RunFolderHook, packages, plain_model
 
 __all__ = ["COMMAND", "Job", "build_only", "build_runner", "detect_config", "main", "prepare"]
 
@@ -215,8 +215,11 @@ def _load_strictly(runner: Runner, state_dict: dict[str, Any], path: str) -> Non
 
 def _train(job: Job) -> dict[str, Any]:
     """Train to the end; the summary."""
-    job.runner.train()
-    return json.loads((job.folder / "summary.json").read_text()) if job.world.is_primary else {}
+    try:
+        job.runner.train()
+    finally:
+        job.hook.recorder.close()
+    return job.hook.summary
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
@@ -233,7 +236,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
         "model": job.cfg.model.name,
         "detector": job.cfg.detector.name,
         "data": job.cfg.data.name,
-        "versions": versions(),
+        "versions": packages(),
     }
     text = json.dumps(result, indent=2) + "\n"
     write_atomic(job.folder / "summary.json", text)

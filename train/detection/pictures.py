@@ -1,70 +1,18 @@
-"""What a detection run shows: curves over the epochs, and predictions beside the ground truth."""
+"""The first images of an evaluation: predictions beside the ground truth."""
 
-from collections.abc import Mapping, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from zoo.train.runs import write_atomic
+from zoo.train.plot import new_figure, save_figure
 
-__all__ = ["Gallery", "plot_detection_curves"]
+__all__ = ["DPI", "Gallery"]
 
+DPI = 110
 _SHOWN = 0.5  # predictions of a lower score are not drawn
-
-
-def _figure(**kwargs: Any) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained", **kwargs)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(path, buffer.getvalue())
-
-
-def plot_detection_curves(path: str | Path, history: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw the training loss and the average precisions of the epochs, as in metrics.csv, and write them as PNG."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure(figsize=(9, 3.6))
-    loss, precision = figure.subplots(1, 2)
-    panels = (
-        (loss, "training loss", (("train_loss", "all losses"),)),
-        (
-            precision,
-            "average precision",
-            (
-                ("bbox_mAP", "box AP"),
-                ("bbox_mAP_50", "box AP50"),
-                ("segm_mAP", "mask AP"),
-                ("segm_mAP_50", "mask AP50"),
-            ),
-        ),
-    )
-    for axes, label, series in panels:
-        for key, name in series:
-            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), marker="o" if len(points) < 40 else None, markersize=3, label=name
-                )
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    precision.set_ylim(0, 1)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, Path(path))
 
 
 class Gallery:
@@ -107,7 +55,7 @@ class Gallery:
         truth = {info["img_id"]: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
         columns = 2 if len(self.samples) > 1 else 1
         rows = -(-len(self.samples) // columns)
-        figure = _figure(figsize=(5.2 * columns, 2.7 * rows))
+        figure = new_figure(figsize=(5.2 * columns, 2.7 * rows))
         grid = figure.subplots(rows, 2 * columns, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
@@ -127,7 +75,7 @@ class Gallery:
             names = [f"{classes[c]} {s:.2f}" for c, s in zip(sample["labels"], sample["scores"], strict=True)]
             _draw(right, image, sample["boxes"], names, [] if sample["masks"] is None else list(sample["masks"]))
             right.set_title("prediction", fontsize=8)
-        _save(figure, Path(path))
+        save_figure(path, figure, DPI)
 
 
 def _decode(mask: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,44 +1,50 @@
-"""The run folder of `zoo detect`: checkpoints, metrics, curves and the summary, as a hook of mmengine's Runner."""
+"""The run folder of `zoo detect`, as a hook of mmengine's Runner."""
 
-import csv
-import io
-import json
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mmcv
 import mmdet
 import mmengine
-import numpy as np
-import timm
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from omegaconf import OmegaConf
 
-from zoo._version import __version__
 from zoo.errors import UserError
-from zoo.train.loggers import Console, Loggers
-from zoo.train.report import git_revision
-from zoo.train.runs import newest_intact, save_checkpoint, write_atomic
+from zoo.train.plot import Panel
+from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.state import World, rng_state
 from zoo.train.stop import Interrupted, Signals, TrainingFailed
 
 from .config import DetectConfig
 from .loops import TrainLoop, unreadable_images
-from .pictures import Gallery, plot_detection_curves
+from .pictures import DPI, Gallery
 
-__all__ = ["FIELDS", "RunFolderHook"]
+__all__ = ["RunFolderHook", "packages", "plain_model"]
 
-FIELDS = (
-    "epoch", "step", "lr", "train_loss", "bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "segm_mAP", "segm_mAP_50",
-    "segm_mAP_75", "images_per_second", "seconds",
-)  # fmt: skip
 FORMAT = 1
+FIGURES = Figures(
+    (
+        "epoch", "step", "lr", "train_loss", "bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "segm_mAP", "segm_mAP_50",
+        "segm_mAP_75", "images_per_second", "seconds",
+    ),
+    (
+        Panel("training loss", (("train_loss", "all losses"),)),
+        Panel(
+            "average precision",
+            (
+                ("bbox_mAP", "box AP"), ("bbox_mAP_50", "box AP50"), ("segm_mAP", "mask AP"),
+                ("segm_mAP_50", "mask AP50"),
+            ),
+            limits=(0, 1),
+        ),
+    ),
+    DPI,
+)  # fmt: skip
 
 
 def plain_model(runner: Runner) -> torch.nn.Module:
@@ -60,45 +66,30 @@ class RunFolderHook(Hook):
 
     def __init__(self, cfg: DetectConfig, run_dir: Path, world: World, signals: Signals) -> None:
         self.cfg, self.run_dir, self.world, self.signals = cfg, run_dir, world, signals
-        self.checkpoints = run_dir / "checkpoints"
-        self.history: list[dict[str, Any]] = []
+        self.recorder = Recorder(run_dir, cfg, world, FIGURES)
         self.metrics: dict[str, float] = {}
-        self.best, self.best_epoch = -1.0, 0
+        self.summary: dict[str, Any] = {}  # of a run that is complete
         self.seconds = 0.0
         self.losses = [0.0, 0]  # sum and count of the epoch under way
         self.images, self.begin = 0, time.monotonic()
         self.gallery = Gallery(cfg.pictures)
-        self.console: Any = None
-        self.loggers: Any = None
 
     # -- beginning
 
     def before_train(self, runner: Runner) -> None:
         """Resume from the newest intact checkpoint and open the logs."""
         loop = self._loop(runner)
-        found = newest_intact(self.run_dir)
-        if found is not None:
-            path, state, problems = found
-            self._restore(runner, state, path)
-            for problem in problems if self.world.is_primary else []:
-                print(f"warning: {problem}", flush=True)
-            if self.world.is_primary:
-                print(f"resuming from {path}: epoch {loop.epoch + 1}, step {loop.iter}", flush=True)
-        if self.world.is_primary:
-            for leftover in self.checkpoints.glob(".*.tmp"):
-                leftover.unlink()
-            self._write_metrics()
-            config: Any = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
-            self.loggers = Loggers(self.cfg.logger, self.run_dir, config, loop.iter)
-        self.console = Console(loop.last_step, loop.iter, self.cfg.log_every, self.world.is_primary)
-        self.clock = self.saved_at = time.monotonic()
+        self.recorder.resume(lambda state, path: self._restore(runner, state, path))
+        self.recorder.begin(loop.last_step, loop.iter)
+        self.clock = time.monotonic()
 
     def _loop(self, runner: Runner) -> TrainLoop:
         loop = runner.train_loop
         assert isinstance(loop, TrainLoop)
         return loop
 
-    def _restore(self, runner: Runner, state: Mapping[str, Any], path: Path) -> None:
+    def _restore(self, runner: Runner, state: Mapping[str, Any], path: Path) -> str:
+        """Take over a checkpoint's state; where the run then is."""
         if state.get("kind") != "detector" or state.get("format") != FORMAT:
             raise UserError(f"{path} is no checkpoint of `zoo detect`; resume a folder that it wrote")
         if len(state["rng"]) != self.world.size:
@@ -117,9 +108,9 @@ class RunFolderHook(Hook):
         own = state["rng"][self.world.rank]
         loop.resume_at(state["meta"]["epoch"], state["meta"]["iter"], own["generators"], state["round_pending"])
         runner.optim_wrapper.initialize_count_status(runner.model, loop.iter, loop.max_iters)
-        self.history = [dict(row) for row in state["history"]]
-        self.best, self.best_epoch, self.seconds = state["best"], state["best_epoch"], state["seconds"]
-        self.losses = list(own["losses"])
+        self.recorder.restore(state)
+        self.seconds, self.losses = state["seconds"], list(own["losses"])
+        return f"epoch {loop.epoch + 1}, step {loop.iter}"
 
     # -- during an epoch
 
@@ -142,7 +133,7 @@ class RunFolderHook(Hook):
             parts = ", ".join(f"{k} {v.item():.3g}" for k, v in outputs.items() if "loss" in k)
             raise TrainingFailed(
                 f"the loss is {loss} in step {runner.iter + 1} ({parts}); lower schedule.lr, set schedule.clip_norm, "
-                f"or use amp=bf16; the last checkpoint is in {self.checkpoints}"
+                f"or use amp=bf16; the last checkpoint is in {self.recorder.checkpoints}"
             )
         self.losses[0] += loss
         self.losses[1] += 1
@@ -154,22 +145,14 @@ class RunFolderHook(Hook):
         rate = self.images / max(time.monotonic() - self.begin, 1e-9)
         loss = self.losses[0] / max(1, self.losses[1])
         lr = max(group["lr"] for group in runner.optim_wrapper.param_groups)
-        self.console.step(f"{loop.epoch + 1}/{loop.max_epochs}", loss, rate, lr)
-        if self.loggers is not None and loop.iter % self.cfg.log_every == 0:
-            self.loggers.log({"train/loss": loss, "train/lr": lr, "train/images_per_second": rate}, loop.iter)
+        self.recorder.step(f"{loop.epoch + 1}/{loop.max_epochs}", loop.iter, loss, lr, rate)
         if loop.iter % self.cfg.schedule.accumulate and loop.iter < loop.last_step:
             return  # gradients that are gathered are not part of a checkpoint
         if self.world.any(self.signals.received is not None):
             loop.interrupted = True
             self._save(runner)
-        elif self._due(loop.iter):
+        elif self.recorder.due(loop.iter):
             self._save(runner)
-
-    def _due(self, step: int) -> bool:
-        cfg = self.cfg.checkpoint
-        if cfg.every_steps is not None and step % cfg.every_steps == 0:
-            return True
-        return cfg.every_seconds is not None and self.world.any(time.monotonic() - self.saved_at >= cfg.every_seconds)
 
     # -- evaluation
 
@@ -186,7 +169,7 @@ class RunFolderHook(Hook):
             Interrupted: a signal came; the state before the evaluation is saved.
         """
         self.gallery.add(outputs or ())
-        if self.console is not None and self.world.any(self.signals.received is not None):
+        if self.recorder.begun and self.world.any(self.signals.received is not None):
             self._save(runner)
             raise Interrupted
 
@@ -212,28 +195,26 @@ class RunFolderHook(Hook):
             "train_loss": sums[0] / max(1, sums[1]),
             "images_per_second": self.images / max(elapsed, 1e-9),
             "seconds": self._seconds(),
-            **{k: v for k, v in self.metrics.items() if k in FIELDS},
+            **self._figures(),
         }
-        better = bool(self.metrics) and self.score() > self.best
-        if better:
-            self.best, self.best_epoch = self.score(), row["epoch"]
+        better = self.recorder.is_best(self.score(), row["epoch"])
+        names = ("best", "last") if better else ("last",)
         if partial:  # a resumed run goes on inside the epoch, so its row is not yet part of the state
-            self._save(runner, best=better)
-            self.history.append(row)
+            self._save(runner, *names)
+            self.recorder.history.append(row)
         else:
-            self.history.append(row)
+            self.recorder.history.append(row)
             self.losses = [0.0, 0]
-            final = loop.iter >= loop.last_step
-            if final or better or loop.epoch % self.cfg.checkpoint.every_epochs == 0:
-                self._save(runner, best=better)
-        if self.world.is_primary:
-            self._write_metrics()
-            self.loggers.log({f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step")}, loop.iter)
-            self.loggers.flush()
-        parts = [f"{k.replace('_mAP', ' AP').replace('_', '')} {v:.3f}" for k, v in self.metrics.items() if k in FIELDS]
+            if better or loop.iter >= loop.last_step or self.recorder.due_after(loop.epoch):
+                self._save(runner, *names)
+        parts = [f"{k.replace('_mAP', ' AP').replace('_', '')} {v:.3f}" for k, v in self._figures().items()]
         line = "  ".join([f"epoch {row['epoch']}/{loop.max_epochs}", f"train loss {row['train_loss']:.4f}", *parts])
-        self.console.say(f"{line}  {row['images_per_second']:.1f} images/s  ETA {self.console.eta()}")
+        self.recorder.publish(f"{line}  {row['images_per_second']:.1f} images/s")
         self.metrics = {}
+
+    def _figures(self) -> dict[str, float]:
+        """The precisions of the last evaluation that are columns of the history."""
+        return {k: v for k, v in self.metrics.items() if k in FIGURES.columns}
 
     def score(self) -> float:
         """What the best checkpoint is chosen by: mask AP where there are masks, else box AP."""
@@ -242,47 +223,40 @@ class RunFolderHook(Hook):
     # -- end
 
     def after_train(self, runner: Runner) -> None:
-        """Close the logs; write summary, curves and pictures of a run that is complete."""
-        self.console.close()
+        """Write summary, curves and pictures of a run that is complete.
+
+        Raises:
+            Interrupted: a signal came; the state is saved.
+        """
         loop = self._loop(runner)
-        if self.world.is_primary:
-            if not loop.interrupted:
-                self.write_results(runner, loop)
-            self.loggers.close()
         if loop.interrupted:
             raise Interrupted
+        self._write_results(runner, loop)
 
-    def write_results(self, runner: Runner, loop: TrainLoop) -> None:
+    def _write_results(self, runner: Runner, loop: TrainLoop) -> None:
         """summary.json, curves.png and predictions.png."""
-        last: dict[str, Any] = next((row for row in reversed(self.history) if "bbox_mAP" in row), {})
-        unreadable = unreadable_images(self.run_dir / "unreadable_images.jsonl")
-        summary = {
-            "model": self.cfg.model.name,
-            "detector": self.cfg.detector.name,
-            "data": self.cfg.data.name,
+        cfg, recorder = self.cfg, self.recorder
+        last: dict[str, Any] = next((row for row in reversed(recorder.history) if "bbox_mAP" in row), {})
+        dataset = runner.val_loop.dataloader.dataset
+        facts = {
+            "model": cfg.model.name,
+            "detector": cfg.detector.name,
+            "data": cfg.data.name,
             "parameters": sum(p.numel() for p in plain_model(runner).parameters()),
-            **{k: last.get(k) for k in FIELDS if "mAP" in k},
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "images": len(runner.val_loop.dataloader.dataset),
-            "unreadable_images": unreadable,
-            "epochs": self.history[-1]["epoch"] if self.history else 0,
-            "steps": loop.iter,
-            "seconds": round(self.seconds, 3),
-            "images_per_second": self.history[-1]["images_per_second"] if self.history else None,
-            "dry_run": self.cfg.dry_run,
-            "seed": self.cfg.seed,
-            "device": torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else "cpu",
-            "processes": self.world.size,
-            "threads": torch.get_num_threads(),
-            "git_revision": git_revision(),
-            "versions": versions(),
+            **{k: last.get(k) for k in FIGURES.columns if "mAP" in k},
+            "best": recorder.best,
+            "best_epoch": recorder.best_epoch,
+            "images": len(dataset),
+            "unreadable_images": unreadable_images(self.run_dir / "unreadable_images.jsonl"),
         }
-        write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        title = f"{self.cfg.detector.name}, {self.cfg.model.name} on {self.cfg.data.name}"
-        title += f": box AP50 {last['bbox_mAP_50']:.3f}" if last else ""
-        plot_detection_curves(self.run_dir / "curves.png", self.history, title)
-        self.gallery.write(self.run_dir / "predictions.png", runner.val_loop.dataloader.dataset)
+        rate = recorder.history[-1]["images_per_second"] if recorder.history else None
+        self.summary = recorder.write_summary(
+            facts, step=loop.iter, seconds=self.seconds, rate=rate, packages=packages()
+        )
+        if self.world.is_primary:
+            precision = f": box AP50 {last['bbox_mAP_50']:.3f}" if last else ""
+            recorder.plot(f"{cfg.detector.name}, {cfg.model.name} on {cfg.data.name}{precision}")
+            self.gallery.write(self.run_dir / "predictions.png", dataset)
 
     def _seconds(self) -> float:
         now = time.monotonic()
@@ -290,63 +264,42 @@ class RunFolderHook(Hook):
         self.clock = now
         return self.seconds
 
-    def _write_metrics(self) -> None:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, FIELDS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: row.get(k) for k in FIELDS} for row in self.history)
-        write_atomic(self.run_dir / "metrics.csv", buffer.getvalue())
-
-    def _save(self, runner: Runner, best: bool = False) -> None:
-        """Write checkpoints/last.pt, in the layout of mmengine's own, and best.pt where it is the best."""
+    def _save(self, runner: Runner, *names: str) -> None:
+        """Write the state, in the layout of mmengine's own checkpoints, under names, `last` unless others are given."""
         loop = self._loop(runner)
         self._seconds()
         pending = loop.round_pending is not None
         generators = loop.round_pending if loop.round_pending is not None else rng_state()
         everyone = self.world.gather({"generators": generators, "losses": self.losses})
+        state: dict[str, Any] = {}
         if self.world.is_primary:
-            meta = {
-                "epoch": loop.epoch,
-                "iter": loop.iter,
-                "seed": runner.seed,
-                "cfg": runner.cfg.pretty_text,
-                "dataset_meta": {"classes": tuple(loop.dataloader.dataset.metainfo["classes"])},
-                "mmengine_version": mmengine.__version__,
-            }
             state = {
                 "kind": "detector",
                 "format": FORMAT,
                 "step": loop.iter,
                 "epoch": loop.epoch,
-                "meta": meta,
+                "meta": {
+                    "epoch": loop.epoch,
+                    "iter": loop.iter,
+                    "seed": runner.seed,
+                    "cfg": runner.cfg.pretty_text,
+                    "dataset_meta": {"classes": tuple(loop.dataloader.dataset.metainfo["classes"])},
+                    "mmengine_version": mmengine.__version__,
+                },
                 "state_dict": {k: v.cpu() for k, v in plain_model(runner).state_dict().items()},
                 "optimizer": runner.optim_wrapper.state_dict(),
                 "param_schedulers": [s.state_dict() for s in runner.param_schedulers],
                 "message_hub": {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}},
                 "rng": everyone,
                 "round_pending": pending,
-                "history": self.history,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
+                "history": self.recorder.history,
+                "best": self.recorder.best,
+                "best_epoch": self.recorder.best_epoch,
                 "seconds": self.seconds,
             }
-            save_checkpoint(self.checkpoints / "last.pt", state, previous="previous.pt")
-            if best:
-                save_checkpoint(self.checkpoints / "best.pt", state)
-        self.saved_at = time.monotonic()
+        self.recorder.save(state, *(names or ("last",)))
 
 
-def versions() -> dict[str, str]:
-    """What the run ran on."""
-    import mmcv
-
-    return {
-        "zoo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "mmdet": mmdet.__version__,
-        "mmengine": mmengine.__version__,
-        "mmcv": mmcv.__version__,
-    }
+def packages() -> dict[str, str]:
+    """Versions of what a detector runs on."""
+    return versions(mmdet, mmengine, mmcv)
