@@ -34,7 +34,7 @@ EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_KILLED = 1, 2, 75, 130
 # What may change when a run is continued: nothing that the updates already made depend on.
 RESUME_KEYS = (
     "epochs", "max_steps", "device", "debug", "log_every", "eval_every", "val_batch_size",
-    "data.root", "data.num_workers", "data.pin_memory",
+    "data.root", "data.num_workers", "data.pin_memory", "data.max_bad",
 )  # fmt: skip
 RESUME_SECTIONS = ("checkpoint.", "logger.")
 
@@ -140,7 +140,7 @@ def _resumed_config(run: Run, overrides: Sequence[str], search_path: Sequence[st
     forbid_targets(run.config)
     prepare(search_path, overrides)
     config = typed(run.config, TrainConfig)
-    for text, (key, value) in zip(overrides, _parsed(overrides), strict=True):
+    for text, (key, value) in zip(overrides, _parsed(normalize(overrides)), strict=True):
         key = key.replace("/", ".")
         if key == "resume":
             continue
@@ -207,7 +207,7 @@ def _train_one(config: Any, run: Run | None = None) -> dict[str, Any]:
 
 def _discard(folder: Path) -> None:
     """Remove a run folder in which nothing was trained."""
-    if not (folder / "checkpoints").exists():
+    if not (folder / "checkpoints").exists() and not (folder / "bad_images.csv").exists():
         for name in ("config.yaml", "metrics.csv", ".lock"):
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):
@@ -233,7 +233,7 @@ def _sweep(overrides: Sequence[str], search_path: Sequence[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     # composing each job's values first finds wrong keys, and registers models that have no file, before anything runs
-    prepared = prepare(search_path, overrides)
+    prepared = prepare(search_path, overrides, sweep=True)
     plain = OverridesParser.create()
     fixed: list[str] = []
     for text, override in zip(prepared, plain.parse_overrides(prepared), strict=True):
@@ -267,7 +267,7 @@ def _sweep(overrides: Sequence[str], search_path: Sequence[str]) -> None:
 
 def _train(arguments: _Arguments) -> None:
     resume = [o.split("=", 1)[1].strip("'\"") for o in arguments.overrides if o.lstrip("+").startswith("resume=")]
-    run = load_run(resume[-1]) if resume and resume[-1] not in ("", "null") else None
+    run = load_run(os.path.expanduser(resume[-1])) if resume and resume[-1] not in ("", "null") else None
     if arguments.multirun:
         if run is not None:
             raise UserError("resume continues one run and --multirun starts several; leave one out")

@@ -1,6 +1,7 @@
 """From the command line to a typed configuration, and from Hydra's errors to one line."""
 
 import difflib
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from zoo.registry import nearest_names, package_models
 from zoo.train.config import EvalConfig, TrainConfig, validate
 
 __all__ = [
+    "PATHS",
     "SCHEMAS",
     "compose_config",
     "forbid_targets",
@@ -35,6 +37,9 @@ Config = TypeVar("Config", TrainConfig, EvalConfig)
 SCHEMAS: dict[str, type[Any]] = {"config": TrainConfig, "eval": EvalConfig}
 # Sections whose keys are free: an override sets them without Hydra's `+`.
 _FREE = ("model.kwargs", "optim.kwargs")
+# Keys that hold a path (or, of weights, a choice): their values are taken as they are, and `~` is the home folder.
+PATHS = ("data.root", "run_root", "run_dir", "resume", "run", "out", "pretrained", "model.pretrained")
+_NO_PATH = ("", "null", "true", "false")
 
 
 def known_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
@@ -46,9 +51,39 @@ def known_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
             yield from known_keys(kind, f"{prefix}{item.name}.")
 
 
-def normalize(overrides: Sequence[str]) -> list[str]:
-    """Let free sections take new keys without Hydra's `+`."""
-    return [f"++{o}" if o.startswith(tuple(f"{p}{end}" for p in _FREE for end in (".", "="))) else o for o in overrides]
+def _quote(text: str) -> str:
+    """A text in quotes of Hydra's grammar, where a backslash counts only before a quote."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def _plain_path(value: str) -> str:
+    """A path as it stands in an override, in Hydra's quotes unless the user has quoted it or named no path."""
+    if value.lower() in _NO_PATH or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return value
+    return _quote(os.path.expanduser(value))
+
+
+def _with_plain_paths(override: str, sweep: bool) -> str:
+    """An override whose value is a path, in Hydra's grammar whatever characters the path has.
+
+    In a sweep, commas separate values, and sweep functions (glob, choice) stay what they are.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or key.startswith("~") or key.lstrip("+") not in PATHS:
+        return override
+    if key.endswith("pretrained") and value.isdecimal():  # no path is meant
+        return override
+    if not sweep:
+        return f"{key}={_plain_path(value)}"
+    if re.match(r"\w+\(", value) or re.search("['\"]", value):
+        return override
+    return f"{key}={','.join(map(_plain_path, value.split(',')))}"
+
+
+def normalize(overrides: Sequence[str], sweep: bool = False) -> list[str]:
+    """Let free sections take new keys without Hydra's `+`, and paths have any character without quotes."""
+    free = tuple(f"{p}{end}" for p in _FREE for end in (".", "="))
+    return [f"++{o}" if o.startswith(free) else _with_plain_paths(o, sweep) for o in overrides]
 
 
 def forbid_targets(config: Any, path: str = "") -> None:
@@ -146,7 +181,7 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
     return f"unknown choice {group}={name}; {hint}are {', '.join(options)}"
 
 
-def prepare(search_path: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def prepare(search_path: Sequence[str], overrides: Sequence[str], sweep: bool = False) -> list[str]:
     """Register the schemas and check what reaches Hydra itself; returns the overrides in the form that Hydra takes.
 
     Raises:
@@ -169,7 +204,7 @@ def prepare(search_path: Sequence[str], overrides: Sequence[str]) -> list[str]:
         )
         if key.startswith("hydra") and not key.startswith(open_keys):
             raise UserError(f"{key} is not open to overrides; open are {', '.join(k.rstrip('.') for k in open_keys)}")
-    result = normalize(overrides)
+    result = normalize(overrides, sweep)
     if search_path:
         for folder in search_path:
             if not Path(folder).is_dir():
@@ -178,7 +213,7 @@ def prepare(search_path: Sequence[str], overrides: Sequence[str]) -> list[str]:
                 )
         if any(o.lstrip("+").startswith("hydra.searchpath=") for o in overrides):
             raise UserError("both --config-dir and hydra.searchpath are given; keep one")
-        paths = ",".join(f"'file://{Path(folder).resolve()}'" for folder in search_path)
+        paths = ",".join(_quote(f"file://{Path(folder).resolve()}") for folder in search_path)
         result.append(f"hydra.searchpath=[{paths}]")
     return result
 
@@ -246,5 +281,11 @@ def from_container(config: Any, schema: type[Config]) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error
     assert isinstance(instance, schema)
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        owner = getattr(instance, section) if section else instance
+        value = getattr(owner, name, None)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(owner, name, os.path.expanduser(value))
     validate(instance)
     return instance

@@ -26,6 +26,8 @@ from zoo.train.build import build_model
 from zoo.train.config import TrainConfig
 from zoo.train.data import EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
+from zoo.train.images import BadImages
+from zoo.train.labels import check_same_data, data_notes, describe_data, label_names, match_labels
 from zoo.train.loggers import Console, Loggers, write_metrics
 from zoo.train.plot import plot_curves
 from zoo.train.report import describe, write_summary
@@ -131,7 +133,17 @@ class Trainer:
         self.train_set = open_dataset(cfg.data, True, cfg.model.in_chans, **hints)
         class_map = getattr(getattr(self.train_set, "reader", None), "class_to_idx", None)
         folder = class_map if cfg.data.name in ("imagefolder", "folder", "") else None
-        self.val_set = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=folder, **hints)
+        ranges = getattr(self.train_set, "ranges", None)
+        self.val_set = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=folder, ranges=ranges, **hints)
+        names = label_names(self.train_set)
+        if names is not None:
+            self.val_set = match_labels(self.val_set, names, "the training images")
+            if len(names) == 1:
+                raise UserError(f"{cfg.data.name} has a single class, {names[0]}; there is nothing to tell apart")
+        self.data_facts = describe_data(self.train_set, self.val_set)
+        if self.world.is_primary:
+            for line in dict.fromkeys([*data_notes(self.train_set), *data_notes(self.val_set)]):
+                print(line, flush=True)
         found = class_count(cfg.data, self.train_set)
         wanted = cfg.model.num_classes
         if found is None and wanted is None:
@@ -149,6 +161,9 @@ class Trainer:
         self.parameters = sum(p.numel() for p in model.parameters())
         shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
         self.loader = TrainLoader(self.train_set, cfg.data, cfg.augment, shape, cfg.batch_size, cfg.seed, world)
+        self.loader.bad = BadImages.read(self.run_dir / "bad_images.csv")
+        if cfg.data.root is not None:
+            self.loader.bad.forget_mended(Path(cfg.data.root))
         self.val_loader = EvalLoader(self.val_set, cfg.data, shape, cfg.val_batch_size or cfg.batch_size, world)
         self.updates_per_epoch = math.ceil(self.loader.batches / cfg.grad_accum)
         self.epochs = cfg.epochs + cfg.schedule.cooldown_epochs
@@ -219,6 +234,7 @@ class Trainer:
             "format": FORMAT,
             "model": self.cfg.model.name,
             "num_classes": self.num_classes,
+            **self.data_facts,
             **vars(self.progress),
             "history": self.history,
             "config": OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True),
@@ -235,8 +251,17 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """Write `last`, and `best` before it where this epoch is the best: a crash between the two is made good."""
+        for rows in self.world.gather(self.loader.bad.listed()):
+            self.loader.bad.merge(rows)
+        self._list_bad()
         self.save_as(*(("best", "last") if best else ("last",)))
+        self.loader.check_bad()
         self.saved_at = time.monotonic()
+
+    def _list_bad(self) -> None:
+        """Write bad_images.csv, if there are any."""
+        if self.world.is_primary:
+            self.loader.bad.write(self.run_dir / "bad_images.csv")
 
     def save_as(self, *names: str) -> None:
         """Write the state under names, in this order; every process takes part.
@@ -266,6 +291,7 @@ class Trainer:
             raise UserError(
                 f"{source} has checkpoint format {state.get('format')}, this version reads {FORMAT}; start a new run"
             )
+        check_same_data(state, self.data_facts, source)
         if state["world_size"] != self.world.size:
             raise UserError(
                 f"the run was made by {state['world_size']} processes and this start has {self.world.size}; "
@@ -434,6 +460,7 @@ class Trainer:
         )
         if result is None:
             raise Interrupted
+        self.loader.bad.merge(("held-out", name, reason) for name, reason in self.val_loader.unreadable)
         return result
 
     def _end_epoch(self, console: Console, loggers: Loggers | None, final: bool) -> None:
@@ -458,6 +485,8 @@ class Trainer:
             except Interrupted:
                 self._stop(loggers)
             row |= {"val_loss": raw.loss, "top1": raw.top1, "top5": raw.top5, "held_out": raw.images}
+            if raw.unreadable:
+                row["unreadable"] = raw.unreadable
             if averaged is not None:
                 row |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
             score = (averaged or raw).top1
@@ -466,7 +495,7 @@ class Trainer:
                 progress.best, progress.best_epoch = score, epoch
         progress.seconds += time.perf_counter() - clock
         row |= {"images_per_second": self.rate or None, "seconds": progress.seconds}
-        figures = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step", "held_out")}
+        figures = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step", "held_out", "unreadable")}
         self.history.append(row)
         if partial:
             if better:
@@ -504,6 +533,7 @@ class Trainer:
             with self.signals.installed(), _determinism(self.cfg.deterministic):
                 return self._fit()
         finally:
+            self._list_bad()
             self.loader.close()
             self.val_loader.close()
 

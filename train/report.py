@@ -16,7 +16,7 @@ from zoo.runs import write_atomic
 from zoo.train.config import TrainConfig
 from zoo.train.state import World
 
-__all__ = ["describe", "last_line", "write_summary"]
+__all__ = ["describe", "last_line", "unreadable_note", "write_summary"]
 
 
 def describe(row: Mapping[str, Any], epochs: int, eta: str) -> str:
@@ -24,11 +24,18 @@ def describe(row: Mapping[str, Any], epochs: int, eta: str) -> str:
     parts = [f"epoch {row['epoch']}/{epochs}", f"train loss {row['train_loss']:.4f}"]
     if row.get("val_loss") is not None:
         parts += [f"held-out loss {row['val_loss']:.4f}", f"top-1 {row['top1']:.2f} %"]
+    if row.get("unreadable"):
+        parts.append(f"{row['unreadable']} held-out images unreadable")
     if row.get("ema_top1") is not None:
         parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
     if row.get("images_per_second"):
         parts.append(f"{row['images_per_second']:.0f} images/s")
     return "  ".join([*parts, f"ETA {eta}"])
+
+
+def unreadable_note(count: int) -> str:
+    """What follows a number of images where some could not be read."""
+    return f", {count} of them unreadable and counted as wrong" if count else ""
 
 
 def _git_revision() -> str | None:
@@ -66,6 +73,7 @@ def write_summary(
         "loss": final.get("ema_loss" if kind else "val_loss"),
         "weights": "ema" if kind else "raw",
         "held_out": final.get("held_out"),
+        "unreadable": final.get("unreadable", 0),
         "best_top1": progress.best,
         "best_epoch": progress.best_epoch,
         "epochs": history[-1]["epoch"] if history else 0,
@@ -94,4 +102,5 @@ def write_summary(
 def last_line(summary: Mapping[str, Any], run_dir: Path) -> str:
     """The last line that a run prints."""
     dry = "dry run passed: one step, saved, loaded, evaluated; " if summary["dry_run"] else ""
-    return f"{dry}top-1 {summary['top1']:.2f} % on {summary['held_out']} held-out images; run folder: {run_dir}"
+    bad = unreadable_note(summary.get("unreadable", 0))
+    return f"{dry}top-1 {summary['top1']:.2f} % on {summary['held_out']} held-out images{bad}; run folder: {run_dir}"

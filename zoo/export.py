@@ -107,7 +107,12 @@ def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
         raise UserError(f"out={out} cannot be written: {error.strerror}; give another folder") from error
     try:
         # these weights are not the published ones, whose tag and figures the configuration still carries
-        own = {"pretrained_cfg": {"tag": None, "notes": None, "description": f"trained on {_data_name(run)}"}}
+        own: dict[str, Any] = {
+            "pretrained_cfg": {"tag": None, "notes": None, "description": f"trained on {_data_name(run)}"}
+        }
+        names = state.get("label_names")
+        if names is not None and len(names) == state["num_classes"]:
+            own["label_names"] = list(names)
         data_config = _data_config(run, model)
         save_for_hf(model, str(temporary), model_config=own, safe_serialization=True, data_config=data_config)
         (temporary / "README.md").write_text(_card(run, state, model, kind, path.stem))
