@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from zoo.errors import UserError
 from zoo.train.augment import create_mixup, eval_transform, resolve_transform, train_transform
 from zoo.train.config import AugmentConfig, DataConfig
-from zoo.train.folders import FolderReader
+from zoo.train.folders import FolderReader, is_ignored, is_image_file
 from zoo.train.images import (
     BadImages,
     ImageError,
@@ -263,6 +263,12 @@ def open_dataset(
         raise UserError(
             f"data.name={cfg.name} split={split}: {first}; see data.name, data.root, data.download"
         ) from error
+    system = [name for name in getattr(dataset, "classes", ()) if is_ignored(str(name))]
+    if system and scheme == "torch":
+        raise UserError(
+            f"data.name={cfg.name} takes every folder for a class, also {', '.join(map(shown, system))}; remove them, "
+            "or use data=imagefolder"
+        )
     return _decoded(dataset, mode, ranges or PixelRanges())
 
 
@@ -271,7 +277,8 @@ def _timm_options(name: str, mode: str, ranges: PixelRanges, extra: Mapping[str,
     scheme, _, rest = name.partition("/")
     if scheme == "torch":
         folder = rest.lower() in ("folder", "image_folder")
-        return {"loader": partial(read_image, mode=mode, ranges=ranges)} if folder else {}
+        reading = {"loader": partial(read_image, mode=mode, ranges=ranges), "is_valid_file": is_image_file}
+        return reading if folder else {}
     return {"input_img_mode": "" if scheme in ("wds", "hfids") else mode, **extra}
 
 
@@ -302,7 +309,7 @@ class _Seeded(Dataset[Sample]):
                     image, target = self.dataset[index]
                     return self.transform(image), int(target), unreadable
             except ImageError as error:
-                unreadable.append((error.source or f"image {index}", error.reason))
+                unreadable.append(_named(error, index))
                 index = derive_seed(self.seed, 6, epoch, position, attempt) % len(self.dataset)
         return None, -1, unreadable
 
@@ -336,16 +343,32 @@ class _SeededStream(IterableDataset[Sample]):
             unreadable = []
 
 
+def _check_shape(image: Any, side: float) -> None:
+    """Refuse a picture so narrow that it would need more memory than any other once its short side has `side` pixels.
+
+    Raises:
+        ImageError: it is one.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if isinstance(image, Image.Image) and limit and max(image.size) / min(image.size) * side * side > 2 * limit:
+        raise ImageError(f"{image.width} x {image.height} pixels, too long for its width")
+
+
 class _Plain(Dataset[Sample]):
-    def __init__(self, dataset: Any, transform: Any) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: Any, transform: Any, side: float) -> None:
+        self.dataset, self.transform, self.side = dataset, transform, side
 
     def __getitem__(self, index: int) -> Sample:
         try:
             image, target = self.dataset[index]
+            _check_shape(image, self.side)
         except ImageError as error:
-            return None, -1, [(error.source or f"image {index}", error.reason)]
+            return None, -1, [_named(error, index)]
         return self.transform(image), int(target), []
+
+
+def _named(error: ImageError, index: int) -> tuple[str, str]:
+    return error.source or f"image {index}", error.reason
 
 
 def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
@@ -551,8 +574,9 @@ class EvalLoader:
             self.loader: DataLoader[Any] = DataLoader(stream, batch_size=batch_size, **options)
             return
         indices = range(world.rank, len(dataset), world.size)
+        side = max(shape["input_size"][-2:]) / (shape["crop_pct"] or 0.875)
         batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-        self.loader = DataLoader(_Plain(dataset, transform), batch_sampler=batches, **options)
+        self.loader = DataLoader(_Plain(dataset, transform, side), batch_sampler=batches, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.unreadable = []

@@ -11,7 +11,7 @@ from typing import IO
 from zoo.errors import UserError
 from zoo.train.images import readable_suffixes, shown
 
-__all__ = ["FolderReader"]
+__all__ = ["FolderReader", "is_ignored", "is_image_file"]
 
 # What operating systems, file servers and editors leave in folders; names that begin with a dot are left out as well.
 _SYSTEM = frozenset(
@@ -24,8 +24,15 @@ _SYSTEM = frozenset(
 )  # fmt: skip
 
 
-def _ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems leave."""
     return name.startswith(".") or name.casefold() in _SYSTEM
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file is an image by its name, and none that a system has left."""
+    name = os.path.basename(path)
+    return not is_ignored(name) and _is_image(name)
 
 
 def _natural(name: str) -> list[str | int]:
@@ -86,7 +93,7 @@ def _walk(folder: str, found: _Found, above: tuple[tuple[int, int], ...] = ()) -
     if here in above:
         return
     for entry in _entries(folder):
-        if _ignored(entry.name):
+        if is_ignored(entry.name):
             found.ignored.append(entry.name)
         elif _is_folder(entry):
             inside = list(_walk(entry.path, found, (*above, here)))
@@ -156,7 +163,7 @@ class FolderReader:
         by_class: dict[str, list[str]] = {}
         stray = []
         for entry in _entries(str(self.folder)):
-            if _ignored(entry.name):
+            if is_ignored(entry.name):
                 found.ignored.append(entry.name)
             elif _is_folder(entry):
                 by_class[entry.name] = list(_walk(entry.path, found))
@@ -180,7 +187,7 @@ class FolderReader:
         """The folders inside the class folders, which may be what was meant as the classes."""
         return sorted(
             {e.name for name in self.class_to_idx for e in _entries(str(self.folder / name))
-             if _is_folder(e) and not _ignored(e.name)}, key=_natural,
+             if _is_folder(e) and not is_ignored(e.name)}, key=_natural,
         )  # fmt: skip
 
     def __len__(self) -> int:
