@@ -309,7 +309,7 @@ class _Seeded(Dataset[Sample]):
                     image, target = self.dataset[index]
                     return self.transform(image), int(target), unreadable
             except ImageError as error:
-                unreadable.append(_named(error, index))
+                unreadable.append(_named(error, self.dataset, index))
                 index = derive_seed(self.seed, 6, epoch, position, attempt) % len(self.dataset)
         return None, -1, unreadable
 
@@ -363,12 +363,13 @@ class _Plain(Dataset[Sample]):
             image, target = self.dataset[index]
             _check_shape(image, self.side)
         except ImageError as error:
-            return None, -1, [_named(error, index)]
+            return None, -1, [_named(error, self.dataset, index)]
         return self.transform(image), int(target), []
 
 
-def _named(error: ImageError, index: int) -> tuple[str, str]:
-    return error.source or f"image {index}", error.reason
+def _named(error: ImageError, dataset: Any, index: int) -> tuple[str, str]:
+    name = getattr(dataset, "name", None)
+    return error.source or (name(index) if callable(name) else f"image {index}"), error.reason
 
 
 def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:

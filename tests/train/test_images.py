@@ -180,7 +180,7 @@ def test_a_range_of_the_users(tmp_path: Path) -> None:
     clipped = pixels(read_image(path, "L", PixelRanges.given(0, 100)))
     assert clipped.min() == 0
     assert clipped.max() == 255
-    Image.fromarray((GREY.astype(np.uint16) * 16)).save(tmp_path / "x.png")  # 12 bits in a 16-bit file
+    Image.fromarray(GREY.astype(np.uint16) * 16).save(tmp_path / "x.png")  # 12 bits in a 16-bit file
     assert (pixels(read_image(tmp_path / "x.png", "L", PixelRanges.given(0, 4095))) == GREY).all()
 
 
