@@ -281,8 +281,8 @@ def from_container(config: Any, schema: type[Config]) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error
     assert isinstance(instance, schema)
-    for key in PATHS:
-        section, _, name = key.rpartition(".")
+    for path_key in PATHS:
+        section, _, name = path_key.rpartition(".")
         owner = getattr(instance, section) if section else instance
         value = getattr(owner, name, None)
         if isinstance(value, str) and value.startswith("~"):

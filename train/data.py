@@ -302,7 +302,7 @@ class _Seeded(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, position, index = key
-        unreadable = []
+        unreadable: list[tuple[str, str]] = []
         for attempt in range(_ATTEMPTS):
             try:
                 with isolated_rng(self.seed, 1, epoch, position):

@@ -103,11 +103,11 @@ def evaluate(
     if images_seen == 0:
         raise UserError("there are no held-out images; check data.root and data.val_split")
     seconds = max(time.perf_counter() - begin, 1e-9)
-    images = images_seen + unreadable
+    total = images_seen + unreadable
     top1, top5 = result["top1"], result["top5"]
     if unreadable:
-        top1, top5 = top1 * images_seen / images, top5 * images_seen / images
-    return Evaluation(result["loss"], top1, top5, images, images_seen / seconds, unreadable)
+        top1, top5 = top1 * images_seen / total, top5 * images_seen / total
+    return Evaluation(result["loss"], top1, top5, total, images_seen / seconds, unreadable)
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _walk(folder: str, found: _Found, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """The images below a folder; links are followed, but not back to a folder that they are in."""
+    entries = _entries(folder)
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for entry in _entries(folder):
+    for entry in entries:
         if is_ignored(entry.name):
             found.ignored.append(entry.name)
         elif _is_folder(entry):

@@ -161,7 +161,7 @@ def read_image(
     Raises:
         ImageError: it cannot be read; MemoryError and an exhausted table of open files are raised as they are.
     """
-    name = "" if hasattr(source, "read") else shown(os.fspath(source))  # type: ignore[arg-type]
+    name = "" if hasattr(source, "read") else shown(os.fspath(source))
     head = b""
     try:
         with _open_regular(source) if name else source as file:  # type: ignore[arg-type, union-attr]

@@ -20,9 +20,14 @@ def data_notes(dataset: Any) -> list[str]:
     return list(getattr(dataset, "notes", ()))
 
 
+def _classes(dataset: Any) -> Any:
+    """A list of names, a mapping from names to indices, or None."""
+    return getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+
+
 def label_names(dataset: Any) -> list[str] | None:
     """The names of a data set's classes, in the order of their indices; None where it does not say them."""
-    found = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    found = _classes(dataset)
     if not found:
         return None
     if not isinstance(found, Mapping):
@@ -96,8 +101,8 @@ def class_count(cfg: DataConfig, dataset: Any) -> int | None:
     Raises:
         UserError: data.num_classes is smaller than what the data say.
     """
-    names = label_names(dataset)
-    count = len(names) if names else None
+    found = _classes(dataset)
+    count = len(found) if found else None
     if cfg.num_classes is None:
         return count
     if count is not None and count > cfg.num_classes:
