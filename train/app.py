@@ -26,7 +26,7 @@ _RESUMED = Changes(
     "a resumed run",
     (
         "epochs", "max_steps", "device", "debug", "log_every", "eval_every", "val_batch_size",
-        "data.root", "data.num_workers", "data.pin_memory",
+        "data.root", "data.num_workers", "data.pin_memory", "data.max_bad",
     ),
     ("checkpoint.", "logger."),
     "start a new run instead",
@@ -37,6 +37,7 @@ def _train_one(config: DictConfig, run: Run | None = None) -> dict[str, Any]:
     """Train in this process, from a composed configuration; returns the summary."""
     cfg = from_container(config, TRAIN)
     from zoo.train.engine import Trainer
+    from zoo.train.evaluate import unreadable_note
 
     with claim_folder(cfg, run.path if run is not None else None, cfg.device, "train") as (world, folder):
         if world.is_primary:
@@ -44,7 +45,8 @@ def _train_one(config: DictConfig, run: Run | None = None) -> dict[str, Any]:
         summary = Trainer(cfg, folder, world).fit()
         if world.is_primary:
             dry = "dry run passed: one step, saved, loaded, evaluated; " if cfg.dry_run else ""
-            accuracy = f"top-1 {summary['top1']:.2f} % on {summary['held_out']} held-out images"
+            bad = unreadable_note(summary["unreadable"])
+            accuracy = f"top-1 {summary['top1']:.2f} % on {summary['held_out']} held-out images{bad}"
             print(f"{dry}{accuracy}; run folder: {folder}", flush=True)
         return summary
 

@@ -1,6 +1,7 @@
 """From the command line to a typed configuration, and from Hydra's errors to one line."""
 
 import difflib
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from zoo.registry import nearest_names, package_models
 from zoo.train.config import Schema
 
 __all__ = [
+    "PATHS",
     "compose_config",
     "forbid_targets",
     "from_container",
@@ -44,6 +46,9 @@ _HYDRA_KEYS = (
     "hydra.launcher.",
 )
 _SEARCH_PATH = "hydra.searchpath="
+# Keys that hold a path (or, of weights, a choice): their values are taken as they are, and `~` is the home folder.
+PATHS = ("data.root", "run_root", "run_dir", "resume", "run", "out", "pretrained", "model.pretrained")
+_NO_PATH = ("", "null", "true", "false")
 
 
 def known_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
@@ -55,10 +60,39 @@ def known_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
             yield from known_keys(kind, f"{prefix}{item.name}.")
 
 
-def normalize(schema: Schema[Any], overrides: Sequence[str]) -> list[str]:
-    """Let free sections take new keys without Hydra's `+`."""
+def _quote(text: str) -> str:
+    """A text in quotes of Hydra's grammar, where a backslash counts only before a quote."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def _plain_path(value: str) -> str:
+    """A path as it stands in an override, in Hydra's quotes unless the user has quoted it or named no path."""
+    if value.lower() in _NO_PATH or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return value
+    return _quote(os.path.expanduser(value))
+
+
+def _with_plain_paths(override: str, sweep: bool) -> str:
+    """An override whose value is a path, in Hydra's grammar whatever characters the path has.
+
+    In a sweep, commas separate values, and sweep functions (glob, choice) stay what they are.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or key.startswith("~") or key.lstrip("+") not in PATHS:
+        return override
+    if key.endswith("pretrained") and value.isdecimal():  # no path is meant
+        return override
+    if not sweep:
+        return f"{key}={_plain_path(value)}"
+    if re.match(r"\w+\(", value) or re.search("['\"]", value):
+        return override
+    return f"{key}={','.join(map(_plain_path, value.split(',')))}"
+
+
+def normalize(schema: Schema[Any], overrides: Sequence[str], sweep: bool = False) -> list[str]:
+    """Let free sections take new keys without Hydra's `+`, and paths have any character without quotes."""
     free = tuple(f"{section}{end}" for section in schema.free for end in (".", "="))
-    return [f"++{o}" if o.startswith(free) else o for o in overrides]
+    return [f"++{o}" if o.startswith(free) else _with_plain_paths(o, sweep) for o in overrides]
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
@@ -81,7 +115,9 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 def override_value(overrides: Sequence[str], key: str) -> str | None:
     """What the last override of a key says, as text; None where there is none, or where it is empty or null."""
     found = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.lstrip("+").startswith(f"{key}=")]
-    return found[-1] if found and found[-1] not in ("", "null") else None
+    if not found or found[-1] in ("", "null"):
+        return None
+    return os.path.expanduser(found[-1]) if key in PATHS else found[-1]
 
 
 def forbid_targets(config: Any, path: str = "") -> None:
@@ -180,7 +216,9 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
     return f"unknown choice {group}={name}; {hint}are {', '.join(options)}"
 
 
-def prepare(schema: Schema[Any], overrides: Sequence[str], search_path: Sequence[str] = ()) -> list[str]:
+def prepare(
+    schema: Schema[Any], overrides: Sequence[str], search_path: Sequence[str] = (), sweep: bool = False
+) -> list[str]:
     """Register the schema and check what reaches Hydra itself; returns the overrides in the form that Hydra takes.
 
     Raises:
@@ -202,12 +240,12 @@ def prepare(schema: Schema[Any], overrides: Sequence[str], search_path: Sequence
     if search_path and given:
         raise UserError("both --config-dir and hydra.searchpath are given; keep one")
     if not schema.packages and not search_path:
-        return normalize(schema, overrides)
+        return normalize(schema, overrides, sweep)
     paths = [f"pkg://{package}" for package in schema.packages]
     paths += [p.strip(" '\"") for o in given for p in o.split("=", 1)[1].strip("[] ").split(",")]
     paths += [f"file://{Path(folder).resolve()}" for folder in search_path]
-    quoted = ",".join(f"'{path}'" for path in paths)
-    return [*normalize(schema, [o for o in overrides if o not in given]), f"{_SEARCH_PATH}[{quoted}]"]
+    quoted = ",".join(map(_quote, paths))
+    return [*normalize(schema, [o for o in overrides if o not in given], sweep), f"{_SEARCH_PATH}[{quoted}]"]
 
 
 def compose_config(schema: Schema[Any], overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
@@ -283,5 +321,11 @@ def from_container(config: Any, schema: Schema[Config]) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error
     assert isinstance(instance, schema.config)
+    for path_key in PATHS:
+        section, _, name = path_key.rpartition(".")
+        owner = getattr(instance, section, None) if section else instance
+        value = getattr(owner, name, None)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(owner, name, os.path.expanduser(value))
     schema.validate(instance)
     return instance

@@ -1,6 +1,7 @@
 """The configuration: every key, its type and its default; the closed lists of names; what is checked before a start."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Optional, TypeVar
@@ -81,6 +82,8 @@ class DataConfig:
     num_workers: int = 0
     pin_memory: bool = False
     download: bool = False
+    max_bad: float = 0.1  # unreadable training images that are passed over: below 1 their share, else their number
+    value_range: Optional[list[float]] = None  # [black, white] of images with more than 8 bits a pixel
 
 
 @dataclass
@@ -251,17 +254,32 @@ def _check_model(model: ModelConfig) -> None:
             raise UserError(f"model.kwargs.{key} is set by model.{key}; use `model.{key}={model.kwargs[key]}`")
     if not isinstance(model.pretrained, bool | str):
         raise UserError(f"model.pretrained={model.pretrained!r} is no choice; give true, false or a checkpoint's path")
-    _require(model.in_chans in (1, 3), "model.in_chans", model.in_chans, "3 (colour) or 1 (grey)")
+    _require(
+        model.in_chans in (1, 3),
+        "model.in_chans",
+        model.in_chans,
+        "3 (colour) or 1 (grey); images of other bands are not read",
+    )
     for key in ("drop_rate", "drop_path_rate"):
         rate = getattr(model, key)
         _require(rate is None or 0 <= rate < 1, f"model.{key}", rate, "a rate from 0 to below 1")
-    _require(model.num_classes is None or model.num_classes > 0, "model.num_classes", model.num_classes, "at least 1")
+    _require(model.num_classes is None or model.num_classes > 1, "model.num_classes", model.num_classes, "at least 2")
 
 
 def _check_data(data: DataConfig) -> None:
     _require(data.img_size is None or data.img_size > 0, "data.img_size", data.img_size, "a size in pixels")
-    _require(data.num_workers >= 0, "data.num_workers", data.num_workers, "0 or more")
-    _require(data.num_classes is None or data.num_classes > 0, "data.num_classes", data.num_classes, "at least 1")
+    _require(0 <= data.num_workers <= 1024, "data.num_workers", data.num_workers, "0 to 1024 processes")
+    _require(data.num_classes is None or data.num_classes > 1, "data.num_classes", data.num_classes, "at least 2")
+    _require(data.max_bad >= 0, "data.max_bad", data.max_bad, "a share below 1, or a number of images")
+    for key, low, wanted in (("mean", 0.0, "values from 0 to 1"), ("std", 1e-6, "values above 0 up to 1")):
+        values = getattr(data, key)
+        if values is not None:
+            _require(len(values) > 0, f"data.{key}", values, "one value per channel, or null")
+            _require(all(low <= v <= 1 for v in values), f"data.{key}", values, f"{wanted}: pixels go from 0 to 1")
+    if data.value_range is not None:
+        pair = data.value_range
+        ordered = len(pair) == 2 and math.isfinite(pair[0]) and math.isfinite(pair[1]) and pair[0] < pair[1]
+        _require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
     _require(data.crop_pct is None or 0 < data.crop_pct <= 1.5, "data.crop_pct", data.crop_pct, "a share such as 0.875")
     if data.interpolation is not None:
         choose("data.interpolation", data.interpolation, INTERPOLATIONS)
@@ -273,10 +291,19 @@ def _check_augment(cfg: TrainConfig) -> None:
         value = getattr(augment, key)
         _require(0 <= value <= 1, f"augment.{key}", value, "a probability from 0 to 1")
     for key in ("mixup", "cutmix"):
-        _require(getattr(augment, key) >= 0, f"augment.{key}", getattr(augment, key), "0 (off) or a positive alpha")
+        _require(0 <= getattr(augment, key) < math.inf, f"augment.{key}", getattr(augment, key), "0 (off) or an alpha")
+    jitter = augment.color_jitter
+    _require(
+        jitter is None or 0 <= jitter < math.inf, "augment.color_jitter", jitter, "a strength of 0 or more, or null"
+    )
     for key in ("scale", "ratio"):
         pair = getattr(augment, key)
-        _require(len(pair) == 2 and 0 < pair[0] <= pair[1], f"augment.{key}", pair, "[low,high] with 0 < low <= high")
+        _require(
+            len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf,
+            f"augment.{key}",
+            pair,
+            "[low,high] with 0 < low <= high",
+        )
     _require(augment.repeats >= 1, "augment.repeats", augment.repeats, "at least 1")
     _require(augment.erase_count >= 1, "augment.erase_count", augment.erase_count, "at least 1")
     choose("augment.erase_mode", augment.erase_mode, ERASE_MODES)

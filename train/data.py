@@ -1,8 +1,9 @@
-"""Images: scikit-learn's digits and everything that timm.data reads, in an order that a resumed run finds again."""
+"""Data sets by name: scikit-learn's digits, folders, timm.data's; in an order that a resumed run finds again."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -12,16 +13,36 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 from zoo.errors import UserError
+from zoo.train.augment import create_mixup, eval_transform, resolve_transform, train_transform
 from zoo.train.config import AugmentConfig, DataConfig
+from zoo.train.folders import FolderReader, is_ignored, is_image_file
+from zoo.train.images import (
+    BadImages,
+    ImageError,
+    PixelRanges,
+    convert_image,
+    find_ranges,
+    is_machine_trouble,
+    read_image,
+    shown,
+)
+from zoo.train.labels import class_count
 from zoo.train.state import World, derive_seed, isolated_rng
 
-__all__ = ["Digits", "EvalLoader", "TrainLoader", "class_count", "create_mixup", "open_dataset", "resolve_transform"]
+__all__ = [
+    "Digits",
+    "EvalLoader",
+    "TrainLoader",
+    "class_count",
+    "create_mixup",
+    "open_dataset",
+    "resolve_transform",
+]
 
 FOLDERS = ("imagefolder", "folder", "")
 SPLITS = {
@@ -29,6 +50,10 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
 }
 _MISSING_PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
+_ATTEMPTS = 64  # images drawn in place of an unreadable one
+Sample = tuple[
+    Tensor | None, int, list[tuple[str, str]]
+]  # image (None: unreadable), class, unreadable ones (name, why)
 
 
 class Digits(Dataset[tuple[Image.Image, int]]):
@@ -61,6 +86,88 @@ class Digits(Dataset[tuple[Image.Image, int]]):
         return self.images[index], self.targets[index]
 
 
+class ReaderImages(Dataset[tuple[Image.Image, int]]):
+    """The images that a reader of timm's kind names, decoded by `read_image`; none stands in for another.
+
+    Args:
+        reader: reader[i] is (path or open file, class); it has a length and `filename(i)`.
+        mode: "RGB" or "L".
+        ranges: of pixels with more than 8 bits.
+        notes: lines about the data set that the user should see once.
+    """
+
+    def __init__(self, reader: Any, mode: str, ranges: PixelRanges | None = None, notes: Sequence[str] = ()) -> None:
+        self.reader, self.mode, self.ranges, self.notes = reader, mode, ranges or PixelRanges(), list(notes)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def name(self, index: int) -> str:
+        """How messages call an image."""
+        try:
+            found = self.reader.filename(index)
+        except Exception:  # a reader need not know
+            found = None
+        return shown(str(found)) if found else f"image {index}"
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            source, target, *_ = self.reader[index]
+            return read_image(source, self.mode, self.ranges), -1 if target is None else target
+        except ImageError as error:
+            raise ImageError(error.reason, self.name(index)) from error
+        except OSError as error:  # the reader's own open
+            if is_machine_trouble(error):
+                raise
+            raise ImageError(error.strerror or str(error), self.name(index)) from error
+
+
+class _Converted(Dataset[tuple[Any, int]]):
+    """A data set of Pillow's images in any mode, as images of one mode."""
+
+    def __init__(self, dataset: Any, mode: str, ranges: PixelRanges) -> None:
+        self.dataset, self.mode, self.ranges = dataset, mode, ranges
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.dataset[index]
+        if isinstance(image, Image.Image):
+            image = convert_image(image, self.mode, self.ranges)
+        return image, target
+
+
+class _ConvertedStream(IterableDataset[Any]):
+    """The same for a stream; an image that cannot be read comes as its ImageError."""
+
+    def __init__(self, dataset: Any, mode: str, ranges: PixelRanges) -> None:
+        self.dataset, self.mode, self.ranges = dataset, mode, ranges
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for image, target in self.dataset:
+            try:
+                converted = convert_image(image, self.mode, self.ranges) if isinstance(image, Image.Image) else image
+            except ImageError as error:
+                converted = error
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow decodes as late as here
+                converted = ImageError((str(error).splitlines() or [type(error).__name__])[0])
+            yield converted, target
+
+
 def _split_folder(root: Path, split: str) -> Path:
     names = next((names for names in SPLITS.values() if split in names), (split,))
     for name in dict.fromkeys((split, *names)):
@@ -70,23 +177,48 @@ def _split_folder(root: Path, split: str) -> Path:
                     f"put the {split} images in {root}/{names[0]}/CLASS/ or set the split's name")  # fmt: skip
 
 
-def _open_folder(cfg: DataConfig, split: str, mode: str, class_map: Any) -> Any:
-    folder = _split_folder(Path(str(cfg.root)), split)
-    try:
-        dataset = timm.data.create_dataset(
-            "", root=str(folder), split=split, search_split=False, class_map=class_map, input_img_mode=mode
+def _pixel_ranges(cfg: DataConfig) -> PixelRanges | None:
+    return None if cfg.value_range is None else PixelRanges.given(cfg.value_range[0], cfg.value_range[1])
+
+
+def _open_folder(
+    cfg: DataConfig, training: bool, mode: str, class_map: Any, known_as: str, ranges: PixelRanges | None
+) -> ReaderImages:
+    root = Path(str(cfg.root))
+    split = cfg.train_split if training else cfg.val_split
+    reader = FolderReader(_split_folder(root, split), root, class_map, complete=training, known_as=known_as)
+    notes = list(reader.notes)
+    if training and len(reader.class_to_idx) == 1:
+        only, inner = next(iter(reader.class_to_idx)), reader.inner_folders()
+        hint = ""
+        if inner:
+            folders = ", ".join(map(shown, inner[:3]))
+            hint = (
+                f"; if its folders ({folders}) are meant, set data.train_split={split}/{only} and data.val_split alike"
+            )
+        raise UserError(
+            f"{shown(reader.folder)} has a single class, {shown(only)}, and there is nothing to tell apart; "
+            f"give at least two class folders{hint}"
         )
-    except RuntimeError as error:
-        known = f" of the training classes {sorted(class_map)[:5]}" if class_map else ""
-        raise UserError(f"no images{known} under {folder}; it must hold one folder of images per class") from error
-    if class_map is not None:
-        extra = sorted({p.name for p in folder.iterdir() if p.is_dir()} - set(class_map))
-        if extra and not any(p.name in class_map for e in extra for p in (folder / e).rglob("*") if p.is_dir()):
-            raise UserError(f"{folder} has classes that the training images lack: {', '.join(extra[:5])}; remove them")
-    return dataset
+    if ranges is None:
+        try:
+            ranges, lines = find_ranges(path for path, _ in reader.samples)
+        except ImageError as error:
+            raise UserError(str(error)) from error
+        notes += lines
+    return ReaderImages(reader, mode, ranges, notes)
 
 
-def open_dataset(cfg: DataConfig, training: bool, in_chans: int = 3, class_map: Any = None, **extra: Any) -> Any:
+def open_dataset(
+    cfg: DataConfig,
+    training: bool,
+    in_chans: int = 3,
+    class_map: Any = None,
+    *,
+    ranges: PixelRanges | None = None,
+    known_as: str = "the training images",
+    **extra: Any,
+) -> Any:
     """Open a split as a dataset of (PIL image, class).
 
     Args:
@@ -94,6 +226,8 @@ def open_dataset(cfg: DataConfig, training: bool, in_chans: int = 3, class_map: 
         training: the training split, else the held-out one.
         in_chans: 3 reads colour images, 1 grey ones.
         class_map: folder name -> class index, so that both splits number their classes alike.
+        ranges: of pixels with more than 8 bits, where another split has settled them; data.value_range comes first.
+        known_as: whose classes `class_map` are, for messages.
         extra: handed to timm.data.create_dataset for the streaming schemes.
 
     Raises:
@@ -101,6 +235,7 @@ def open_dataset(cfg: DataConfig, training: bool, in_chans: int = 3, class_map: 
     """
     split = cfg.train_split if training else cfg.val_split
     mode = "L" if in_chans == 1 else "RGB"
+    ranges = _pixel_ranges(cfg) or ranges
     scheme, slash, _ = cfg.name.partition("/")
     if cfg.name == "digits":
         return Digits("train" if training else "validation", mode)
@@ -113,13 +248,13 @@ def open_dataset(cfg: DataConfig, training: bool, in_chans: int = 3, class_map: 
     if cfg.root is not None and not cfg.download and not Path(cfg.root).exists():
         raise UserError(f"no data folder at {cfg.root}; give the folder that holds the images as data.root=PATH")
     if cfg.name in FOLDERS:
-        return _open_folder(cfg, split, mode, class_map)
+        return _open_folder(cfg, training, mode, class_map, known_as, ranges)
+    options = _timm_options(cfg.name, mode, ranges or PixelRanges(), extra)
     try:
         with redirect_stdout(StringIO()):  # timm prints what it is about to raise
-            return timm.data.create_dataset(
-            cfg.name, root=cfg.root, split=split, is_training=training, download=cfg.download,
-            **({} if scheme == "torch" else {"input_img_mode": mode, **extra}),
-        )  # fmt: skip
+            dataset = timm.data.create_dataset(
+                cfg.name, root=cfg.root, split=split, is_training=training, download=cfg.download, **options
+            )
     except ImportError as error:
         package = _MISSING_PACKAGES.get(scheme, error.name or "a package")
         raise UserError(f"data.name={cfg.name} needs the package {package}; `pip install {package}`") from error
@@ -128,117 +263,155 @@ def open_dataset(cfg: DataConfig, training: bool, in_chans: int = 3, class_map: 
         raise UserError(
             f"data.name={cfg.name} split={split}: {first}; see data.name, data.root, data.download"
         ) from error
+    system = [name for name in getattr(dataset, "classes", ()) if is_ignored(str(name))]
+    if system and scheme == "torch":
+        raise UserError(
+            f"data.name={cfg.name} takes every folder for a class, also {', '.join(map(shown, system))}; remove them, "
+            "or use data=imagefolder"
+        )
+    return _decoded(dataset, mode, ranges or PixelRanges())
 
 
-def class_count(cfg: DataConfig, dataset: Any) -> int | None:
-    """How many classes the data have: what they say themselves, checked against data.num_classes; None if neither says.
+def _timm_options(name: str, mode: str, ranges: PixelRanges, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm.data.create_dataset is told besides the data set: images come as they are where we can convert them."""
+    scheme, _, rest = name.partition("/")
+    if scheme == "torch":
+        folder = rest.lower() in ("folder", "image_folder")
+        reading = {"loader": partial(read_image, mode=mode, ranges=ranges), "is_valid_file": is_image_file}
+        return reading if folder else {}
+    return {"input_img_mode": "" if scheme in ("wds", "hfids") else mode, **extra}
 
-    Raises:
-        UserError: data.num_classes is smaller than what the data say.
+
+def _decoded(dataset: Any, mode: str, ranges: PixelRanges) -> Any:
+    """timm's dataset with our decoder in place of its own, which scores a neighbour for an unreadable image."""
+    if isinstance(dataset, timm.data.ImageDataset):
+        return ReaderImages(dataset.reader, mode, ranges)
+    if isinstance(dataset, IterableDataset):
+        return _ConvertedStream(dataset, mode, ranges)
+    return _Converted(dataset, mode, ranges)
+
+
+class _Seeded(Dataset[Sample]):
+    """Samples named by (epoch, position, index), each with randomness of its own.
+
+    In place of an unreadable image stands another one, drawn by (seed, epoch, position) alone.
     """
-    reader = getattr(dataset, "reader", None)
-    found = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
-    count = len(found) if found else None
-    if cfg.num_classes is None:
-        return count
-    if count is not None and count > cfg.num_classes:
-        raise UserError(
-            f"data.num_classes={cfg.num_classes}, but {cfg.name} has {count} classes; set it to {count} or more"
-        )
-    return cfg.num_classes
-
-
-def resolve_transform(cfg: DataConfig, model: Any, in_chans: int) -> dict[str, Any]:
-    """Size, statistics, interpolation and crop: the configuration's, and where it is silent the model's own."""
-    asked = {"in_chans": in_chans, "img_size": cfg.img_size}
-    asked |= {k: getattr(cfg, k) for k in ("interpolation", "crop_pct")}
-    found = timm.data.resolve_data_config(asked, pretrained_cfg=model.pretrained_cfg)
-    found["input_size"] = (in_chans, *found["input_size"][-2:])
-    for key in ("mean", "std"):
-        values = list(getattr(cfg, key) or found[key])
-        found[key] = tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
-    found["input_size"] = tuple(found["input_size"])
-    return found
-
-
-def _train_transform(shape: dict[str, Any], augment: AugmentConfig) -> Any:
-    common = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation")}
-    common["interpolation"] = augment.interpolation or common["interpolation"]
-    if not augment.enabled:
-        return timm.data.create_transform(**common, is_training=True, no_aug=True)
-    try:
-        return timm.data.create_transform(
-            **common,
-            is_training=True,
-            train_crop_mode=augment.crop_mode,
-            scale=(augment.scale[0], augment.scale[1]),
-            ratio=(augment.ratio[0], augment.ratio[1]),
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter or 0.0,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.random_erasing,
-            re_mode=augment.erase_mode,
-            re_count=augment.erase_count,
-        )
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(
-            f"augment.auto_augment={augment.auto_augment!r} is not timm's ({error}); write rand-m9-mstd0.5-inc1"
-        ) from error
-
-
-def create_mixup(augment: AugmentConfig, num_classes: int, smoothing: float) -> Mixup | None:
-    """timm's Mixup for the training batches, or None where nothing is mixed."""
-    if not augment.enabled or (augment.mixup <= 0 and augment.cutmix <= 0):
-        return None
-    return Mixup(
-        mixup_alpha=augment.mixup,
-        cutmix_alpha=augment.cutmix,
-        prob=augment.mix_prob,
-        switch_prob=augment.mix_switch_prob,
-        mode=augment.mix_mode,
-        label_smoothing=smoothing,
-        num_classes=num_classes,
-    )
-
-
-class _Seeded(Dataset[tuple[Tensor, int]]):
-    """Samples named by (epoch, position, index), each with randomness of its own."""
 
     def __init__(self, dataset: Any, transform: Any, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, position, index = key
-        with isolated_rng(self.seed, 1, epoch, position):
-            image, target = self.dataset[index]
-            return self.transform(image), int(target)
+        unreadable: list[tuple[str, str]] = []
+        for attempt in range(_ATTEMPTS):
+            try:
+                with isolated_rng(self.seed, 1, epoch, position):
+                    image, target = self.dataset[index]
+                    return self.transform(image), int(target), unreadable
+            except ImageError as error:
+                unreadable.append(_named(error, self.dataset, index))
+                index = derive_seed(self.seed, 6, epoch, position, attempt) % len(self.dataset)
+        return None, -1, unreadable
 
 
-class _SeededStream(IterableDataset[tuple[Tensor, int]]):
-    """A stream whose n-th sample of an epoch, in each worker, has randomness of its own."""
+class _SeededStream(IterableDataset[Sample]):
+    """A stream whose n-th sample of an epoch, in each worker, has randomness of its own.
 
-    def __init__(self, dataset: Any, transform: Any, seed: int, rank: int) -> None:
-        self.dataset, self.transform, self.seed, self.rank, self.epoch = dataset, transform, seed, rank, 0
+    An unreadable image is left out of training; in evaluation it comes without a picture.
+    """
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __init__(self, dataset: Any, transform: Any, seed: int, rank: int, training: bool) -> None:
+        self.dataset, self.transform, self.seed, self.rank, self.training = dataset, transform, seed, rank, training
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Sample]:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch)
         info = get_worker_info()
         stream = 0 if info is None else info.id
+        unreadable: list[tuple[str, str]] = []
         for count, (image, target) in enumerate(self.dataset):
-            with isolated_rng(self.seed, 2, self.epoch, self.rank, stream, count):
-                sample = self.transform(image), int(target)
+            if isinstance(image, ImageError):
+                unreadable.append((image.source or f"image {count} of stream {self.rank}.{stream}", image.reason))
+                if self.training:
+                    continue
+                sample: Sample = (None, int(target), unreadable)
+            else:
+                with isolated_rng(self.seed, 2, self.epoch, self.rank, stream, count):
+                    sample = self.transform(image), int(target), unreadable
             yield sample
+            unreadable = []
 
 
-class _Plain(Dataset[tuple[Tensor, int]]):
-    def __init__(self, dataset: Any, transform: Any) -> None:
-        self.dataset, self.transform = dataset, transform
+def _check_shape(image: Any, side: float) -> None:
+    """Refuse a picture so narrow that it would need more memory than any other once its short side has `side` pixels.
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, target = self.dataset[index]
-        return self.transform(image), int(target)
+    Raises:
+        ImageError: it is one.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if isinstance(image, Image.Image) and limit and max(image.size) / min(image.size) * side * side > 2 * limit:
+        raise ImageError(f"{image.width} x {image.height} pixels, too long for its width")
+
+
+class _Plain(Dataset[Sample]):
+    def __init__(self, dataset: Any, transform: Any, side: float) -> None:
+        self.dataset, self.transform, self.side = dataset, transform, side
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image, target = self.dataset[index]
+            _check_shape(image, self.side)
+        except ImageError as error:
+            return None, -1, [_named(error, self.dataset, index)]
+        return self.transform(image), int(target), []
+
+
+def _named(error: ImageError, dataset: Any, index: int) -> tuple[str, str]:
+    name = getattr(dataset, "name", None)
+    return error.source or (name(index) if callable(name) else f"image {index}"), error.reason
+
+
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """Images [B, C, H, W] and classes [B] of the readable samples, and the unreadable ones."""
+    readable = [(image, target) for image, target, _ in samples if image is not None]
+    unreadable = [entry for *_, entries in samples for entry in entries]
+    if not readable:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64), unreadable
+    images, targets = default_collate(readable)
+    return images, targets, unreadable
+
+
+def _last_line(error: BaseException) -> str:
+    """The last line of an error's message: in what a worker hands over, that of the traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[tuple[str, str]]]]:
+    """A loader's batches; an error in a worker becomes the line that says its cause.
+
+    Raises:
+        UserError: a worker said so, or was killed.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        line = _last_line(error)
+        raise UserError(line.split("UserError: ", 1)[-1]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and ("killed by signal" in str(error) or "exited unex" in str(error)):
+            raise UserError(
+                f"a loader's worker ended: {str(error).splitlines()[0].strip()}; most often memory has run out: lower "
+                "data.num_workers or batch_size, and resume"
+            ) from error
+        if "in DataLoader worker process" in str(error):
+            raise RuntimeError(_last_line(error)) from error
+        raise
+    except Exception as error:
+        if "in DataLoader worker process" in str(error):
+            raise RuntimeError(_last_line(error)) from error
+        raise
 
 
 class _EpochBatches(Sampler[list[tuple[int, int, int]]]):
@@ -287,6 +460,7 @@ def _loader_options(cfg: DataConfig, device: torch.device, seed: int) -> dict[st
         "pin_memory": cfg.pin_memory and device.type == "cuda",
         "persistent_workers": cfg.num_workers > 0,
         "worker_init_fn": _init_worker,
+        "collate_fn": _collate,
         # making an iterator draws a number, from the global generator unless the loader has its own
         "generator": torch.Generator().manual_seed(seed),
     }
@@ -301,7 +475,12 @@ def _stop_workers(loader: DataLoader[Any]) -> None:
 
 
 class TrainLoader:
-    """Training batches, from any position of any epoch."""
+    """Training batches, from any position of any epoch; `bad` collects the unreadable images.
+
+    Raises:
+        UserError: fewer images than a batch, or a policy that is not timm's; while batches are drawn: more unreadable
+            images than data.max_bad allows.
+    """
 
     def __init__(
         self,
@@ -313,9 +492,12 @@ class TrainLoader:
         seed: int,
         world: World,
     ) -> None:
-        transform = _train_transform(shape, augment)
+        transform = train_transform(shape, augment)
         repeats = augment.repeats if augment.enabled else 1
         options = _loader_options(cfg, world.device, derive_seed(seed, 4))
+        self.batch_size, self.max_bad = batch_size, cfg.max_bad
+        self.bad = BadImages()
+        self.images: int
         self.batches: int
         self.sampler: _EpochBatches | None = None
         if isinstance(dataset, IterableDataset):
@@ -325,12 +507,14 @@ class TrainLoader:
                 )
             if hasattr(dataset, "set_loader_cfg"):
                 dataset.set_loader_cfg(num_workers=cfg.num_workers)
-            self.stream = _SeededStream(dataset, transform, seed, world.rank)
+            self.images = len(dataset)  # type: ignore[arg-type]
+            self.stream = _SeededStream(dataset, transform, seed, world.rank, training=True)
             # persistent workers would keep the epoch that they were started with
             options["persistent_workers"] = False
             self.loader: DataLoader[Any] = DataLoader(self.stream, batch_size=batch_size, drop_last=True, **options)
-            self.batches = len(dataset) // (batch_size * world.size)  # type: ignore[arg-type]
+            self.batches = self.images // (batch_size * world.size)
         else:
+            self.images = len(dataset)
             self.sampler = _EpochBatches(len(dataset), batch_size, seed, world, repeats)
             self.loader = DataLoader(_Seeded(dataset, transform, seed), batch_sampler=self.sampler, **options)
             self.batches = self.sampler.batches
@@ -340,13 +524,35 @@ class TrainLoader:
                 f"{f' in each of {world.size} processes' if world.distributed else ''}; lower batch_size"
             )
 
+    def check_bad(self) -> None:
+        """Raise UserError where more training images are unreadable than data.max_bad allows."""
+        count = self.bad.count("train")
+        allowed = self.max_bad if self.max_bad >= 1 else self.max_bad * self.images
+        if count > allowed:
+            raise UserError(
+                f"{count} of {self.images} training images are unreadable, more than data.max_bad={self.max_bad:g} "
+                f"allows (such as {self.bad.first('train')}); mend or remove them, or raise data.max_bad"
+            )
+
+    def _readable(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets, unreadable in _batches(self.loader):
+            if unreadable:
+                self.bad.merge(("train", name, reason) for name, reason in unreadable)
+                self.check_bad()
+            if len(images) < self.batch_size:
+                raise UserError(
+                    f"no readable image among {_ATTEMPTS} that were drawn (such as {self.bad.first('train')}); "
+                    "check data.root"
+                )
+            yield images, targets
+
     def epoch(self, epoch: int, start: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of an epoch, counted from 0, from the batch `start` on."""
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
-            return self.loader
+            return self._readable()
         self.stream.epoch = epoch
-        return islice(iter(self.loader), start, self.batches)
+        return islice(self._readable(), start, self.batches)
 
     def close(self) -> None:
         """Stop the workers; the next epoch starts new ones."""
@@ -354,26 +560,31 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Held-out batches; over all processes every image comes exactly once."""
+    """Held-out batches of the readable images; over all processes every image comes exactly once.
+
+    `unreadable` lists the images (name, reason) that the last pass could not read.
+    """
 
     def __init__(self, dataset: Any, cfg: DataConfig, shape: dict[str, Any], batch_size: int, world: World) -> None:
-        options = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
-        if options["interpolation"] == "random":  # a choice for training only
-            options["interpolation"] = "bilinear"
-        transform = timm.data.create_transform(**options, is_training=False)
+        transform = eval_transform(shape)
         options = _loader_options(cfg, world.device, 0)
+        self.unreadable: list[tuple[str, str]] = []
         if isinstance(dataset, IterableDataset):
             options["persistent_workers"] = False
-            self.loader: DataLoader[Any] = DataLoader(
-                _SeededStream(dataset, transform, 0, world.rank), batch_size=batch_size, **options
-            )
+            stream = _SeededStream(dataset, transform, 0, world.rank, training=False)
+            self.loader: DataLoader[Any] = DataLoader(stream, batch_size=batch_size, **options)
             return
         indices = range(world.rank, len(dataset), world.size)
+        side = max(shape["input_size"][-2:]) / (shape["crop_pct"] or 0.875)
         batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-        self.loader = DataLoader(_Plain(dataset, transform), batch_sampler=batches, **options)
+        self.loader = DataLoader(_Plain(dataset, transform, side), batch_sampler=batches, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.loader)
+        self.unreadable = []
+        for images, targets, unreadable in _batches(self.loader):
+            self.unreadable += unreadable
+            if len(images):
+                yield images, targets
 
     def close(self) -> None:
         """Stop the workers; the next pass starts new ones."""

@@ -19,6 +19,8 @@ from zoo.train.build import build_model, build_optimizer, build_schedule, build_
 from zoo.train.config import TrainConfig
 from zoo.train.data import FOLDERS, EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
+from zoo.train.images import BadImages
+from zoo.train.labels import check_same_data, data_notes, describe_data, label_names, match_labels
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.runs import load_checkpoint
@@ -83,7 +85,17 @@ class Trainer:
         self.train_set = open_dataset(cfg.data, True, cfg.model.in_chans, **hints)
         class_map = getattr(getattr(self.train_set, "reader", None), "class_to_idx", None)
         folder = class_map if cfg.data.name in FOLDERS else None
-        self.val_set = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=folder, **hints)
+        ranges = getattr(self.train_set, "ranges", None)
+        self.val_set = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=folder, ranges=ranges, **hints)
+        names = label_names(self.train_set)
+        if names is not None:
+            self.val_set = match_labels(self.val_set, names, "the training images")
+            if len(names) == 1:
+                raise UserError(f"{cfg.data.name} has a single class, {names[0]}; there is nothing to tell apart")
+        self.data_facts = describe_data(self.train_set, self.val_set)
+        if self.world.is_primary:
+            for line in dict.fromkeys([*data_notes(self.train_set), *data_notes(self.val_set)]):
+                print(line, flush=True)
         found = class_count(cfg.data, self.train_set)
         wanted = cfg.model.num_classes
         if found is None and wanted is None:
@@ -101,6 +113,9 @@ class Trainer:
         self.parameters = sum(p.numel() for p in model.parameters())
         shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
         self.loader = TrainLoader(self.train_set, cfg.data, cfg.augment, shape, cfg.batch_size, cfg.seed, world)
+        self.loader.bad = BadImages.read(self.recorder.run_dir / "bad_images.csv")
+        if cfg.data.root is not None:
+            self.loader.bad.forget_mended(Path(cfg.data.root))
         self.val_loader = EvalLoader(self.val_set, cfg.data, shape, cfg.val_batch_size or cfg.batch_size, world)
         self.updates_per_epoch = math.ceil(self.loader.batches / cfg.grad_accum)
         self.epochs = cfg.epochs + cfg.schedule.cooldown_epochs
@@ -132,6 +147,7 @@ class Trainer:
             "format": FORMAT,
             "model": self.cfg.model.name,
             "num_classes": self.num_classes,
+            **self.data_facts,
             **vars(self.progress),
             "best": self.recorder.best,
             "best_epoch": self.recorder.best_epoch,
@@ -154,7 +170,16 @@ class Trainer:
         Raises:
             UserError: the disk refuses.
         """
+        for rows in self.world.gather(self.loader.bad.listed()):
+            self.loader.bad.merge(rows)
+        self._list_bad()
         self.recorder.save(self._state(), *(names or ("last",)))
+        self.loader.check_bad()
+
+    def _list_bad(self) -> None:
+        """Write bad_images.csv, if there are any."""
+        if self.world.is_primary:
+            self.loader.bad.write(self.recorder.run_dir / "bad_images.csv")
 
     def restore(self, state: dict[str, Any], source: Path) -> str:
         """Continue from a checkpoint; returns where the run then is.
@@ -166,6 +191,7 @@ class Trainer:
             raise UserError(
                 f"{source} has checkpoint format {state.get('format')}, this version reads {FORMAT}; start a new run"
             )
+        check_same_data(state, self.data_facts, source)
         if state["world_size"] != self.world.size:
             raise UserError(
                 f"the run was made by {state['world_size']} processes and this start has {self.world.size}; "
@@ -323,6 +349,7 @@ class Trainer:
         )
         if result is None:
             raise Interrupted
+        self.loader.bad.merge(("held-out", name, reason) for name, reason in self.val_loader.unreadable)
         return result
 
     def _figures(self) -> tuple[dict[str, Any], float]:
@@ -333,6 +360,8 @@ class Trainer:
         except Interrupted:
             self._stop()
         row = {"val_loss": raw.loss, "top1": raw.top1, "top5": raw.top5, "held_out": raw.images}
+        if raw.unreadable:
+            row["unreadable"] = raw.unreadable
         if averaged is not None:
             row |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
         return row, (averaged or raw).top1
@@ -375,6 +404,8 @@ class Trainer:
         parts = [f"epoch {row['epoch']}/{self.epochs}", f"train loss {row['train_loss']:.4f}"]
         if row.get("val_loss") is not None:
             parts += [f"held-out loss {row['val_loss']:.4f}", f"top-1 {row['top1']:.2f} %"]
+        if row.get("unreadable"):
+            parts.append(f"{row['unreadable']} held-out images unreadable")
         if row.get("ema_top1") is not None:
             parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
         if row.get("images_per_second"):
@@ -403,6 +434,7 @@ class Trainer:
             with self.signals.installed(), determinism(self.cfg.deterministic):
                 return self._fit()
         finally:
+            self._list_bad()
             self.loader.close()
             self.val_loader.close()
 
@@ -442,6 +474,7 @@ class Trainer:
             "loss": last.get("ema_loss" if kind else "val_loss"),
             "weights": "ema" if kind else "raw",
             "held_out": last.get("held_out"),
+            "unreadable": last.get("unreadable", 0),
             "best_top1": recorder.best,
             "best_epoch": recorder.best_epoch,
         }

@@ -17,23 +17,35 @@ from zoo.errors import UserError
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
+from zoo.train.images import PixelRanges
+from zoo.train.labels import data_notes, label_names, match_labels
 from zoo.train.runs import load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 
-__all__ = ["Evaluation", "autocast", "check_targets", "evaluate", "evaluate_command"]
+__all__ = ["Evaluation", "autocast", "check_targets", "evaluate", "evaluate_command", "unreadable_note"]
 
+_SHOWN = 20  # unreadable images that are printed; the record holds all
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What held-out images say: mean cross-entropy, accuracies in per cent, images, images per second."""
+    """What held-out images say: mean cross-entropy, accuracies in per cent, images, images per second.
+
+    An unreadable image counts as missed in the accuracies; the loss is that of the readable ones.
+    """
 
     loss: float
     top1: float
     top5: float
     images: int
     images_per_second: float
+    unreadable: int = 0  # of the images
+
+
+def unreadable_note(count: int) -> str:
+    """What follows a number of images where some could not be read."""
+    return f", {count} of them unreadable and counted as wrong" if count else ""
 
 
 def autocast(device: torch.device, amp: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -88,22 +100,56 @@ def evaluate(
         model.train(was_training)
     result = evaluator.compute(distributed=world.distributed)
     images_seen = int(world.sum(evaluator.counts[:1])[0])
+    unreadable = int(world.sum(torch.tensor(len(loader.unreadable), device=world.device)))
+    if images_seen == 0 and unreadable:
+        such = f" (such as {': '.join(loader.unreadable[0])})" if loader.unreadable else ""
+        raise UserError(f"none of the {unreadable} held-out images can be read{such}; check data.root")
     if images_seen == 0:
         raise UserError("there are no held-out images; check data.root and data.val_split")
     seconds = max(time.perf_counter() - begin, 1e-9)
-    return Evaluation(result["loss"], result["top1"], result["top5"], images_seen, images_seen / seconds)
+    total = images_seen + unreadable
+    top1, top5 = result["top1"], result["top5"]
+    if unreadable:
+        top1, top5 = top1 * images_seen / total, top5 * images_seen / total
+    return Evaluation(result["loss"], top1, top5, total, images_seen / seconds, unreadable)
 
 
-def _from_run(cfg: EvalConfig) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Source:
+    """A model with weights and what they say of the data that they were trained on."""
+
+    model: Any
+    facts: dict[str, Any]  # for the record
+    names: list[str] | None = None  # of the classes
+    known_as: str = ""  # whose classes they are
+    ranges: PixelRanges | None = None
+
+
+def _from_run(cfg: EvalConfig) -> _Source:
     run = load_run(str(cfg.run))
     path, state = run.checkpoint(cfg.checkpoint)
     weights, kind = select_weights(state, cfg.weights)
     model: Any = build_model(cfg.model, int(state["num_classes"]), cfg.data.img_size, pretrained=False)
     load_weights(model, weights, f"checkpoint {path}")
-    return model, {"run": str(run.path), "checkpoint": str(path), "weights": kind, "step": state["step"]}
+    facts = {"run": str(run.path), "checkpoint": str(path), "weights": kind, "step": state["step"]}
+    found = (state.get("data_set") or {}).get("ranges")
+    ranges = PixelRanges.from_state(found) if found else None
+    return _Source(model, facts, state.get("label_names"), "the run's training images", ranges)
 
 
-def _from_model(cfg: EvalConfig, expected: int | None) -> tuple[Any, dict[str, Any]]:
+def _file_labels(path: Path) -> list[str] | None:
+    """The class names in a checkpoint of `zoo train`, or beside the weights in an exported folder."""
+    try:
+        if path.suffix == ".safetensors":
+            found = json.loads((path.parent / "config.json").read_text()).get("label_names")
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("label_names")
+    except Exception:  # a file of another program, which the model has taken
+        return None
+    return [str(name) for name in found] if isinstance(found, list | tuple) else None
+
+
+def _from_model(cfg: EvalConfig) -> _Source:
     source = cfg.model.pretrained if cfg.pretrained is None else cfg.pretrained
     if not isinstance(source, bool | str):
         raise UserError(f"pretrained={source!r} is no choice; give true or the path of a checkpoint file")
@@ -112,17 +158,68 @@ def _from_model(cfg: EvalConfig, expected: int | None) -> tuple[Any, dict[str, A
             f"model {cfg.model.name} has no weights to evaluate; give run=FOLDER, pretrained=true or pretrained=FILE"
         )
     model: Any = build_model(cfg.model, cfg.model.num_classes, cfg.data.img_size, pretrained=source)
-    if expected is not None and model.num_classes < expected:
+    names = _file_labels(Path(source)) if isinstance(source, str) else model.pretrained_cfg.get("label_names")
+    if names is not None and len(names) > model.num_classes:
+        names = None
+    facts = {"weights": source if isinstance(source, str) else "published"}
+    return _Source(model, facts, names, "the checkpoint's training images")
+
+
+def _published_labels(model: Any, names: list[str] | None) -> list[str] | None:
+    """ImageNet's class names (WordNet ids) in the order of a head of that size, where the data's classes are theirs."""
+    subset = timm.data.infer_imagenet_subset(model)
+    if not subset or not names:
+        return None
+    known = timm.data.ImageNetInfo(subset).label_names()
+    return known if len(known) == model.num_classes and set(names) <= set(known) else None
+
+
+def _training_classes(cfg: EvalConfig) -> dict[str, int] | None:
+    """How the training images of a folder number the classes; None where they are not there."""
+    if cfg.data.name not in FOLDERS:
+        return None
+    try:
+        return open_dataset(cfg.data, True, cfg.model.in_chans, ranges=PixelRanges()).reader.class_to_idx
+    except UserError:
+        return None
+
+
+def _check_count(cfg: EvalConfig, model: Any, expected: int | None) -> None:
+    """Where no names can be compared, the numbers of classes must agree."""
+    if expected is None or model.num_classes == expected:
+        return
+    if cfg.run is not None:
+        if expected > model.num_classes:
+            raise UserError(
+                f"the run's head has {model.num_classes} classes, the data have {expected}; evaluate it on its own data"
+            )
+        return
+    if model.num_classes < expected:
         raise UserError(
             f"the checkpoint's head has {model.num_classes} classes, the data have {expected}; "
             "evaluate it on the data it was trained for, or train a new head with `zoo train model.pretrained=...`"
         )
-    if expected is not None and model.num_classes > expected:
-        raise UserError(
-            f"too many classes: the checkpoint's head has {model.num_classes}, the data have {expected}; "
-            f"evaluate it on its own data, or say data.num_classes={model.num_classes} if they are numbered alike"
-        )
-    return model, {"weights": source if isinstance(source, str) else "published"}
+    raise UserError(
+        f"too many classes: the checkpoint's head has {model.num_classes}, the data have {expected}; "
+        f"evaluate it on its own data, or say data.num_classes={model.num_classes} if they are numbered alike"
+    )
+
+
+def _open_for(cfg: EvalConfig, source: _Source) -> Any:
+    """The held-out images, their classes numbered as the model numbers them: by name wherever names are known."""
+    options: dict[str, Any] = {"batch_size": cfg.batch_size, "ranges": source.ranges}
+    names = source.names
+    dataset = open_dataset(cfg.data, False, cfg.model.in_chans, **options) if names else None
+    own = label_names(dataset)
+    if names is None:
+        training = _training_classes(cfg)
+        dataset = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=training, **options)
+        own = label_names(dataset)
+        names = _published_labels(source.model, own) if cfg.run is None else None
+    if names is not None and own is not None:
+        return match_labels(dataset, names, source.known_as or "ImageNet's classes")
+    _check_count(cfg, source.model, class_count(cfg.data, dataset))
+    return dataset
 
 
 def evaluate_command(cfg: EvalConfig) -> Evaluation:
@@ -134,19 +231,12 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     world = join_world(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    training = None
-    if cfg.data.name in FOLDERS:  # classes are numbered by the training images where they are there
-        try:
-            training = open_dataset(cfg.data, True, cfg.model.in_chans).reader.class_to_idx
-        except UserError:
-            training = None
-    dataset = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=training, batch_size=cfg.batch_size)
-    expected = class_count(cfg.data, dataset)
-    model, source = _from_run(cfg) if cfg.run is not None else _from_model(cfg, expected)
-    if cfg.run is not None and expected is not None and expected > model.num_classes:
-        raise UserError(
-            f"the run's head has {model.num_classes} classes, the data have {expected}; evaluate it on its own data"
-        )
+    found = _from_run(cfg) if cfg.run is not None else _from_model(cfg)
+    model, source = found.model, found.facts
+    dataset = _open_for(cfg, found)
+    if world.is_primary:
+        for line in data_notes(dataset):
+            print(line, flush=True)
     shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
     model = model.to(world.device)
     if cfg.channels_last:
@@ -160,12 +250,19 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     finally:
         loader.close()
     assert result is not None
+    unreadable = sorted(entry for entries in world.gather(loader.unreadable) for entry in entries)
     if world.is_primary:
+        for name, reason in unreadable[:_SHOWN]:
+            print(f"unreadable: {name}: {reason}", flush=True)
+        if len(unreadable) > _SHOWN:
+            print(f"unreadable: {len(unreadable) - _SHOWN} more{'; out=FILE lists all' if not cfg.out else ''}")
         record = {
             "model": cfg.model.name,
             **source,
             "data": cfg.data.name,
             "images": result.images,
+            "unreadable": result.unreadable,
+            "unreadable_images": [{"image": name, "reason": reason} for name, reason in unreadable],
             "loss": result.loss,
             "top1": result.top1,
             "top5": result.top5,
@@ -177,9 +274,10 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
             target = Path(cfg.out)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, json.dumps(record, indent=2) + "\n")
+        rate = f"{result.images_per_second:.0f} images/s"
         print(
-            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  {result.images} images, "
-            f"{result.images_per_second:.0f} images/s  ({cfg.model.name}, {source['weights']} weights)"
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  {result.images} images"
+            f"{unreadable_note(result.unreadable)}, {rate}  ({cfg.model.name}, {source['weights']} weights)"
         )
     world.leave()
     return result

@@ -1,6 +1,7 @@
 """`zoo export`: a run's weights in a form that other programs read."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -68,19 +69,27 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> ExportConfig:
     known = [f.name for f in fields(ExportConfig)]
+    paths, others = {}, []
     for argument in argv:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"cannot read {argument!r}; arguments are key=value")
         if key not in known:
             near = nearest_names(key, known) or known
             raise UserError(f"unknown key {key!r}; the nearest keys are {', '.join(near)}")
+        if key in ("run", "out"):  # taken as they are, whatever characters they have
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            paths[key] = os.path.expanduser(value[1:-1] if quoted else value)
+        else:
+            others.append(argument)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_dotlist(list(argv)))
+        merged = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_dotlist(others))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"zoo export: {str(error).splitlines()[0]}") from error
     assert isinstance(config, ExportConfig)
+    for key, value in paths.items():
+        setattr(config, key, value)
     if config.format not in FORMATS:
         raise UserError(f"format={config.format!r} is not known; the formats are {', '.join(FORMATS)}")
     return config
@@ -144,7 +153,11 @@ def _open(run: Run, config: ExportConfig) -> Exported:
 def _write_timm(exported: Exported, folder: Path) -> None:
     """model.safetensors, config.json and a model card, in timm's hub layout."""
     # these weights are not the published ones, whose tag and figures the configuration still carries
-    own = {"pretrained_cfg": {"tag": None, "notes": None, "description": f"trained on {exported.data_name}"}}
+    description = f"trained on {exported.data_name}"
+    own: dict[str, Any] = {"pretrained_cfg": {"tag": None, "notes": None, "description": description}}
+    names = exported.state.get("label_names")
+    if names is not None and len(names) == exported.state["num_classes"]:
+        own["label_names"] = list(names)
     shape = resolve_transform(exported.cfg.data, exported.model, exported.cfg.model.in_chans)
     data_config = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
     save_for_hf(exported.model, str(folder), model_config=own, safe_serialization=True, data_config=data_config)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import UserError
-from zoo.train.compose import compose_config, forbid_targets, parse_overrides, prepare, typed, updated
+from zoo.train.compose import compose_config, forbid_targets, normalize, parse_overrides, prepare, typed, updated
 from zoo.train.config import Schema
 from zoo.train.runs import Run
 
@@ -46,7 +46,7 @@ def resumed_config(
     config = typed(run.config, schema)
     parsed = [
         (key.replace("/", "."), value, text)
-        for text, (key, value) in zip(overrides, parse_overrides(overrides), strict=True)
+        for text, (key, value) in zip(overrides, parse_overrides(normalize(schema, overrides)), strict=True)
     ]
     for key, value, text in sorted(parsed, key=lambda found: "." in found[0]):  # choices before keys inside them
         if key == "resume":

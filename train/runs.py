@@ -339,7 +339,7 @@ def claim_folder(
             print(f"interrupted; the state is saved; `zoo {command} resume={folder}` continues", flush=True)
         raise
     except UserError:
-        if lock is not None and own is None and not (folder / "checkpoints").exists():
+        if lock is not None and own is None and not _holds_results(folder):
             _discard(folder, ("config.yaml", "metrics.csv", ".lock", *leftovers))
         raise
     finally:
@@ -372,6 +372,10 @@ def _new_folder(cfg: Any) -> Path:
                 f"run_root={cfg.run_root} cannot be written: {error.strerror}; give another folder"
             ) from error
     raise UserError(f"{base} and its numbered names are all taken; give run_dir=FOLDER")
+
+
+def _holds_results(folder: Path) -> bool:
+    return (folder / "checkpoints").exists() or (folder / "bad_images.csv").exists()
 
 
 def _discard(folder: Path, names: Sequence[str]) -> None:

@@ -135,7 +135,7 @@ def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig],
     from hydra.core.hydra_config import HydraConfig
 
     # composing each job's values first finds wrong keys, and registers models that have no file, before anything runs
-    prepared = prepare(schema, arguments.overrides, arguments.search_path)
+    prepared = prepare(schema, arguments.overrides, arguments.search_path, sweep=True)
     fixed: list[str] = []
     for text, override in zip(prepared, OverridesParser.create().parse_overrides(prepared), strict=True):
         if override.is_sweep_override():

@@ -1,5 +1,6 @@
 """The command line of training: one line per mistake, naming the thing and the remedy, and exit code 2."""
 
+import operator
 import os
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import pytest
 import timm
 import torch
 import training
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
 from zoo.train.app import main
-from zoo.train.compose import compose_config, from_container
+from zoo.train.compose import compose_config, from_container, normalize
 from zoo.train.config import TRAIN
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +76,23 @@ def fails(capsys: pytest.CaptureFixture[str], command: str, *argv: str) -> str:
         ("batch_size=5000", ("1438", "lower batch_size")),
         ("batch_size=33 augment.mixup=0.5", ("batch_size=33", "even")),
         ("augment.auto_augment=rnd-m9", ("rnd-m9", "rand-m9")),
+        ("augment.auto_augment=rand-m9-foo3", ("rand-m9-foo3", "'foo3'", "no option")),
+        ("augment.color_jitter=-1", ("augment.color_jitter=-1", "0 or more")),
+        ("augment.color_jitter=nan", ("augment.color_jitter=nan", "0 or more")),
+        ("augment.scale=[0.1,inf]", ("augment.scale", "low")),
+        ("data.mean=[0.5]", ("data.mean=[0.5]", "3 channels")),
+        ("data.std=[0.1,0.2]", ("data.std=[0.1, 0.2]", "3 channels")),
+        ("data.std=[0.1,-0.2,0.3]", ("data.std=[0.1, -0.2, 0.3]", "above 0")),
+        ("data.std=[0,0,0]", ("data.std", "above 0")),
+        ("data.mean=[123.7,116.3,103.5]", ("data.mean", "0 to 1")),
+        ("data.mean=[nan,0.5,0.5]", ("data.mean", "0 to 1")),
+        ("data.mean=[]", ("data.mean=[]", "per channel")),
+        ("data.max_bad=-1", ("data.max_bad=-1", "share")),
+        ("data.value_range=[1,1]", ("data.value_range=[1.0, 1.0]", "[0,4095]")),
+        ("data.value_range=[0]", ("data.value_range=[0.0]", "[0,4095]")),
+        ("data.num_workers=100000", ("data.num_workers=100000", "1024")),
+        ("data.num_classes=1", ("data.num_classes=1", "at least 2")),
+        ("model.in_chans=5", ("model.in_chans=5", "other bands are not read")),
         ("augment=digit", ("augment=digit", "digits")),
         ("experiment=nat_huge", ("nat_huge", "nat_base")),
         ("optim.kwargs.betaz=[1,2]", ("adamw", "betaz", "optim.kwargs")),
@@ -171,6 +190,74 @@ def test_folder_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert "emu" in fails(capsys, "train", f"data.root={other}", *common)
     three = _class_folders(tmp_path / "c", {"train": ("a", "b", "c"), "val": ("a",)})
     assert "3 classes" in fails(capsys, "train", f"data.root={three}", "data.num_classes=2", *common)
+    one = _class_folders(tmp_path / "d", {"train": ("a",), "val": ("a",)})
+    assert "single class, a" in fails(capsys, "train", f"data.root={one}", *common)
+    (root / "train" / "empty").mkdir()
+    assert "without images: empty" in fails(capsys, "train", f"data.root={root}", *common)
+    Image.new("RGB", (8, 8)).save(three / "train" / "x.png")
+    assert "beside the class folders" in fails(capsys, "train", f"data.root={three}", *common)
+    flat = tmp_path / "flat"
+    for split in ("train", "val"):
+        (flat / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(flat / split / "x.png")
+    assert "no class folders" in fails(capsys, "train", f"data.root={flat}", *common)
+
+
+PATH_NAMES = (
+    "/a b,c=[d]/x~y", "a", "3", "007", "1e3", "1_0", "true.d", "[a]", "{a: b}", "(x)", "'tis", "a'b", 'q"uote', "a\\",
+    "a\\'b", "a\\\\b", "x#y", "a:b", "a,b", "x=y", "*?", "ü/日本", "a\tb", "a\nb", "$HOME", "%d", "!&|;<>`", "@f",
+    " lead", "trail ", "../x", "-x", "choice(a,b)", "glob(*)", "key=1,b=2", "a\udc80b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["data.root", "+data.root", "++run_dir", "run_root", "out", "model.pretrained"])
+def test_paths_have_any_character_unquoted(key: str) -> None:
+    parser = OverridesParser.create()
+    for name in PATH_NAMES:
+        if key == "model.pretrained" and name.isdecimal():
+            continue
+        (override,) = parser.parse_overrides(normalize(TRAIN, [f"{key}={name}"]))
+        assert override.value() == name
+
+
+def test_paths_reach_the_run_as_they_are() -> None:
+    for name in ("/it's [a], {b: c} (d)", '"q\\\\\\"\\', "\n\t#é日\udc80 = ~"):
+        values = [f"{key}={name}" for key in ("data.root", "run_dir", "run_root", "model.pretrained")]
+        config = from_container(compose_config(TRAIN, [*values, "data=imagefolder"]), TRAIN)
+        written = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+        for found in (config, written):
+            assert {found.data.root, found.run_dir, found.run_root, found.model.pretrained} == {name}
+
+
+def test_paths_that_are_quoted_or_none(tmp_path: Path) -> None:
+    for text, value in (("'/q u'", "/q u"), ('"/q u"', "/q u"), ("null", None), ("", "")):
+        assert compose_config(TRAIN, [f"data.root={text}", "data=imagefolder"]).data.root == value
+    assert compose_config(TRAIN, ["model.pretrained=true"]).model.pretrained is True
+    swept = normalize(TRAIN, ["data.root=/a b,'/c d'", "run_root=x y,z", "data.root=glob(*)"], sweep=True)
+    assert swept == ["data.root=/a b,'/c d'", "run_root='x y','z'", "data.root=glob(*)"]
+    folder = tmp_path / "it's, here" / "data"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("name: imagefolder\nroot: ~/somewhere\n")
+    mine = from_container(compose_config(TRAIN, ["data=mine"], [str(folder.parent)]), TRAIN)
+    assert mine.data.root == str(Path.home() / "somewhere")
+
+
+def test_home_is_expanded() -> None:
+    keys = ("data.root", "run_root", "run_dir", "model.pretrained")
+    config = from_container(compose_config(TRAIN, [*(f"{k}=~/a b" for k in keys), "data=imagefolder"]), TRAIN)
+    assert {operator.attrgetter(key)(config) for key in keys} == {str(Path.home() / "a b")}
+
+
+def test_a_run_in_a_folder_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained, resumed, moved and evaluated without a quote."""
+    root = _class_folders(tmp_path / "a b,c=[d]" / "x~y", {"train": ("cat", "dog"), "val": ("cat", "dog")})
+    run, out = tmp_path / "it's (a) run, {1}", tmp_path / "o=[1], x.json"
+    argv = ["data=imagefolder", f"data.root={root}", "data.img_size=32", "data.num_workers=0", *training.TINY]
+    assert main("train", [*argv, "batch_size=2", f"run_dir={run}", "epochs=1", "max_steps=1"]) == 0
+    moved = root.rename(tmp_path / "it's, moved")
+    assert main("train", [f"resume={run}", f"data.root={moved}", "max_steps=2"]) == 0
+    assert main("eval", [f"run={run}", f"data.root={moved}", f"out={out}"]) == 0
+    assert out.is_file()
 
 
 def test_too_many_classes_in_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Images and their order: fixed splits, randomness that depends on the position alone, every image once."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
@@ -13,6 +15,7 @@ import zoo.train.data as data
 from zoo.errors import UserError
 from zoo.train.config import AugmentConfig, DataConfig
 from zoo.train.data import Digits, EvalLoader, TrainLoader, class_count, open_dataset, resolve_transform
+from zoo.train.labels import label_names
 from zoo.train.state import World, derive_seed, isolated_rng, restore_rng, rng_state
 
 CPU = torch.device("cpu")
@@ -165,12 +168,29 @@ def test_schemes_go_through_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(train) == 6
     asked = {}
 
-    def create(name: str, **options: Any) -> str:
+    class Reader:
+        """What timm's reader of Hugging Face data sets gives: an open file and the class."""
+
+        class_to_idx = {"ant": 0, "bee": 1}
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            file = io.BytesIO()
+            Image.fromarray(np.full((4, 4), 257 * 99, dtype=np.uint16)).save(file, "PNG")
+            file.seek(0)
+            return file, 1
+
+        def __len__(self) -> int:
+            return 3
+
+    def create(name: str, **options: Any) -> Any:
         asked.update(options, name=name)
-        return "dataset"
+        return timm.data.ImageDataset(None, reader=Reader())
 
     monkeypatch.setattr(data.timm.data, "create_dataset", create)
-    assert open_dataset(DataConfig(name="hfds/some/set", train_split="tr"), True, 1, batch_size=8) == "dataset"
+    dataset = open_dataset(DataConfig(name="hfds/some/set", train_split="tr"), True, 1, batch_size=8)
+    assert label_names(dataset) == ["ant", "bee"]
+    image, target = dataset[2]
+    assert (len(dataset), target, image.mode, image.getpixel((0, 0))) == (3, 1, "L", 99)
     assert asked == {
         "name": "hfds/some/set", "root": None, "split": "tr", "is_training": True, "download": False,
         "input_img_mode": "L", "batch_size": 8,
