@@ -44,7 +44,7 @@ def plot_curves(
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(figsize=(9, 3.6))
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key, name in panel.series:
             points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
             if points:
