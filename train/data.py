@@ -478,8 +478,7 @@ class TrainLoader:
     """Training batches, from any position of any epoch; `bad` collects the unreadable images.
 
     Raises:
-        UserError: fewer images than a batch, or a policy that is not timm's; while batches are drawn: more unreadable
-            images than data.max_bad allows.
+        UserError: fewer images than a batch, or a policy that is not timm's.
     """
 
     def __init__(
@@ -524,22 +523,25 @@ class TrainLoader:
                 f"{f' in each of {world.size} processes' if world.distributed else ''}; lower batch_size"
             )
 
-    def check_bad(self) -> None:
-        """Raise UserError where more training images are unreadable than data.max_bad allows."""
-        count = self.bad.count("train")
+    def too_many_bad(self) -> bool:
+        """Whether more training images are unreadable than data.max_bad allows."""
         allowed = self.max_bad if self.max_bad >= 1 else self.max_bad * self.images
-        if count > allowed:
+        return self.bad.count("train") > allowed
+
+    def check_bad(self) -> None:
+        """Raise UserError where there are too many."""
+        if self.too_many_bad():
             raise UserError(
-                f"{count} of {self.images} training images are unreadable, more than data.max_bad={self.max_bad:g} "
-                f"allows (such as {self.bad.first('train')}); mend or remove them, or raise data.max_bad"
+                f"{self.bad.count('train')} of {self.images} training images are unreadable, more than data.max_bad={self.max_bad:g} "
+                f"allows (such as {self.bad.first('train')}); mend them, or raise data.max_bad and resume"
             )
 
     def _readable(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, targets, unreadable in _batches(self.loader):
             if unreadable:
                 self.bad.merge(("train", name, reason) for name, reason in unreadable)
-                self.check_bad()
             if len(images) < self.batch_size:
+                self.check_bad()
                 raise UserError(
                     f"no readable image among {_ATTEMPTS} that were drawn (such as {self.bad.first('train')}); "
                     "check data.root"

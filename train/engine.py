@@ -290,7 +290,7 @@ class Trainer:
             self.schedule.step_update(progress.step)
             end = progress.step >= self.total_steps
             due = self.recorder.due(progress.step)
-            stop = world.any(self.signals.received is not None)
+            stop = world.any(self.signals.received is not None or self.loader.too_many_bad())
             read = world.device.type == "cpu" or progress.step % cfg.log_every == 0 or end or due or stop
             last = None
             if read:

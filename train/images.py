@@ -140,6 +140,8 @@ def _why(error: Exception, head: bytes) -> str:
             return "an empty file"
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
             return "HTML or XML, not an image"
+        if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+            return "a TIFF file whose bands or bits Pillow does not read; convert it to grey or colour images"
         return "no image format that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels (a decompression bomb)"

@@ -219,6 +219,19 @@ def _damaged(folder: Path) -> dict[str, str]:
     return reasons | {f"truncated.{s}": "" for s in ("jpg", "png", "webp", "gif", "bmp", "tif")}
 
 
+def test_bands_that_pillow_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x.tif").write_bytes(tiff(bytes(16 * 16 * 5), 8, samples=5))
+    with pytest.raises(ImageError, match="bands or bits"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_the_first_picture_of_several(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), (value, 0, 0)) for value in (40, 200)]
+    for name in ("x.gif", "x.png", "x.webp", "x.tif", "x.mpo", "x.avif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert abs(read_image(tmp_path / name).getpixel((8, 8))[0] - 40) < 4, name
+
+
 def test_unreadable_files_say_why(tmp_path: Path) -> None:
     for name, word in _damaged(tmp_path).items():
         with pytest.raises(ImageError) as caught:

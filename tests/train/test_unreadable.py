@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pictures import FOLDER, class_folders, picture
-from training import assert_same_run, metrics, summary
+from training import assert_same_run, checkpoint, metrics, summary
 
 import zoo.train.data as data
 from zoo.errors import UserError
@@ -115,9 +115,10 @@ def test_more_than_max_bad(spoiled: Path, tmp_path: Path, capsys: pytest.Capture
     run = train(tmp_path / "r", spoiled, f"data.max_bad={limit}", expect=2)
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    for word in ("of 52 training images are unreadable", f"data.max_bad={limit}", "train/", "mend"):
+    for word in ("of 52 training images are unreadable", f"data.max_bad={limit}", "train/", "mend", "resume"):
         assert word in line
     assert (run / "bad_images.csv").is_file()
+    assert 0 < checkpoint(run)["step"] < 6  # saved as far as it came
     assert main("train", [f"resume={run}", "data.max_bad=4", "epochs=1"]) == 0
 
 
