@@ -15,8 +15,7 @@ import zoo.ops.channel
 import zoo.ops.halo
 import zoo.ops.large_kernel
 import zoo.ops.routing
-import zoo.ops.super_token
-import zoo.ops.window  # noqa: F401  the ops must be registered
+import zoo.ops.super_token  # noqa: F401  the ops must be registered
 
 __all__: list[str] = []
 
@@ -27,36 +26,6 @@ _BACKWARD = 2.5
 def _pairs(queries: Shape, keys_per_query: int, dim_v: int) -> int:
     """Operations of softmax(q k^T) v: queries is [..., heads, dim]."""
     return 2 * math.prod(queries[:-1]) * keys_per_query * (queries[-1] + dim_v)
-
-
-def _window(q: Shape, k: Shape, v: Shape, bias: Any, window_h: int, window_w: int, *args: Any, **_: Any) -> int:
-    return _pairs(q, window_h * window_w, v[-1])
-
-
-def _window_backward(
-    grad: Shape,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    bias: Any,
-    out: Shape,
-    lse: Shape,
-    window_h: int,
-    window_w: int,
-    *args: Any,
-    **_: Any,
-) -> int:
-    return int(_BACKWARD * _pairs(q, window_h * window_w, v[-1]))
-
-
-def _window_packed(qkv: Shape, bias: Any, window_h: int, window_w: int, *args: Any, **_: Any) -> int:
-    return _pairs((*qkv[:3], *qkv[4:]), window_h * window_w, qkv[-1])
-
-
-def _window_packed_backward(
-    grad: Shape, qkv: Shape, bias: Any, out: Shape, lse: Shape, window_h: int, window_w: int, *args: Any, **_: Any
-) -> int:
-    return int(_BACKWARD * _window_packed(qkv, bias, window_h, window_w))
 
 
 def _halo(
@@ -130,10 +99,6 @@ def _large_kernel_backward(grad: Shape, *args: Any, **kwargs: Any) -> int:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "window_attention": _window,
-    "window_attention_backward": _window_backward,
-    "window_attention_qkvpacked": _window_packed,
-    "window_attention_qkvpacked_backward": _window_packed_backward,
     "halo_attention": _halo,
     "halo_attention_backward": _halo_backward,
     "routing_attention": _routing,

@@ -177,7 +177,7 @@ class Channel(torch.nn.Module):
 
 class Scripted(torch.nn.Module):
     def forward(self, qkv: Tensor) -> Tensor:
-        return torch.ops.zoo.channel_attention_qkvpacked(qkv, 0.5, "auto")[0]
+        return torch.ops.zoo.channel_attention_qkvpacked(qkv, 0.5, "")[0]
 
 
 def test_export_and_torchscript() -> None:
