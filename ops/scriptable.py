@@ -41,8 +41,9 @@ def neighborhood_attention_qkvpacked(
     """See `zoo.ops.neighborhood_attention_qkvpacked`; qkv is [B, H, W, 3, heads, dim]."""
     if torch.jit.is_scripting():
         causal = list(is_causal) if isinstance(is_causal, tuple) else [is_causal, is_causal]
+        flags = [int(c) for c in causal]
         return torch.ops.zoo.neighborhood_attention_qkvpacked(
-            qkv, bias, list(_pair(kernel_size)), list(_pair(dilation)), list(_pair(stride)), causal,
+            qkv, bias, list(_pair(kernel_size)), list(_pair(dilation)), list(_pair(stride)), flags,
             _scale(scale, qkv.shape[5]), _registered(backend),
         )[0]  # fmt: skip
     return ops.neighborhood_attention_qkvpacked(
