@@ -18,7 +18,7 @@ from ._backend import cast
 
 __all__ = ["empty", "pair_flops", "register_op", "register_pair", "register_qkv"]
 
-_LIBRARY = torch.library.Library("zoo", "FRAGMENT")
+_LIBRARY = torch.library.Library("zoo", "DEF")
 _AUTOCAST_KEYS = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
 _AUTOCAST_SET = torch._C.DispatchKeySet(_AUTOCAST_KEYS[0]).add(_AUTOCAST_KEYS[1])
 _ATTENTION_BACKWARD = 2.5  # five products in place of two: the logits are computed again

@@ -586,7 +586,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "integer": ({n: torch.ones(2, 8, 8, 2, 4).int() for n in "qkv"}, "q must be float16.*torch.int32"),
     "kernel-float": ({"kernel_size": 3.0}, "kernel_size"),
     "kernel-zero": ({"kernel_size": 0}, "kernel_size must be an int of at least 1 or 2 of them, got 0"),
-    "kernel-axes": ({"kernel_size": (3, 3, 3)}, r"kernel_size must be an int of at least 1 or 2 of them, got \(3, 3, 3\)"),
+    "kernel-axes": (
+        {"kernel_size": (3, 3, 3)},
+        r"kernel_size must be an int of at least 1 or 2 of them, got \(3, 3, 3\)",
+    ),
     "dilation": ({"dilation": (1, -1)}, r"dilation must be an int of at least 1 or 2 of them, got \(1, -1\)"),
     "stride-zero": ({"stride": 0}, "stride must be an int of at least 1 or 2 of them, got 0"),
     "stride": ({"stride": (1, 4)}, "stride 4 exceeds kernel_size 3 along the width"),

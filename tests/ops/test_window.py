@@ -347,7 +347,10 @@ def test_double_backward_on_the_reference() -> None:
             r"window_attention: q must be \[B, H, W, heads, dim\], got shape \(2, 8, 8, 4\)",
         ),
         ({"k": torch.zeros(1, 8, 7, 2, 4)}, r"window_attention: k must have q's shape .* got \(1, 8, 7, 2, 4\)"),
-        ({"v": torch.zeros(1, 8, 8, 2, 4).double()}, "window_attention: v has dtype torch.float64, q has torch.float32"),
+        (
+            {"v": torch.zeros(1, 8, 8, 2, 4).double()},
+            "window_attention: v has dtype torch.float64, q has torch.float32",
+        ),
         ({"k": torch.zeros(1, 8, 8, 2, 4, device="meta")}, "window_attention: k is on meta, q on cpu"),
         ({"window_size": 0}, "window_attention: window_size must be an int of at least 1 or 2 of them, got 0"),
         ({"window_size": (4, 4, 4)}, r"window_attention: window_size must be an int .* got \(4, 4, 4\)"),
