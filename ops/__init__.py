@@ -4,7 +4,7 @@ Layouts are channels-last with the heads apart, `[B, H, W, heads, dim]`, except 
 `backend=None` chooses the path: Triton on a GPU, the fast CPU path on a CPU, the plain-PyTorch reference elsewhere.
 """
 
-from zoo.ops import _flops as _flops
+from zoo.ops._backend import resolve_backend, without_triton
 from zoo.ops.channel import channel_attention, channel_attention_qkvpacked
 from zoo.ops.halo import halo_attention
 from zoo.ops.large_kernel import large_kernel_attention
@@ -20,6 +20,7 @@ __all__ = [
     "large_kernel_attention",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
+    "resolve_backend",
     "routing_attention",
     "routing_index",
     "super_token_attention",
@@ -27,4 +28,5 @@ __all__ = [
     "super_token_sampling",
     "window_attention",
     "window_attention_qkvpacked",
+    "without_triton",
 ]

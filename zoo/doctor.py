@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo import ops
-from zoo.ops._dispatch import resolve_backend, without_triton
+from zoo.ops import resolve_backend, without_triton
 from zoo.ops._examples import EXAMPLES, Example
 
 __all__ = ["main"]

@@ -1,15 +1,21 @@
 """Channel attention: the public functions, their checks, and registration with torch.library."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
+from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
+from zoo.ops._checks import check_agreement, check_layout, compute_dtype, require, resolve_scale, unpack
+from zoo.ops._register import empty, register_qkv
 
 from . import cpu, reference
 
 __all__ = ["channel_attention", "channel_attention_qkvpacked"]
 
 _NAME = "channel_attention"
+_PACKED = "channel_attention_qkvpacked"
 
 
 def channel_attention(
@@ -34,17 +40,11 @@ def channel_attention(
         ValueError: an argument does not fit; the message names it and its value.
         RuntimeError: the backend that was named cannot run this call.
     """
-    name = "channel_attention"
-    require(q.ndim == 4, f"{name}: q must be [B, N, heads, dim], got shape {tuple(q.shape)}")
-    for label, x in (("k", k), ("v", v)):
-        require(x.shape == q.shape, f"{name}: {label} must have q's shape {tuple(q.shape)}, got {tuple(x.shape)}")
-        require(x.dtype == q.dtype, f"{name}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
-        require(x.device == q.device, f"{name}: {label} must be on q's device {q.device}, got {x.device}")
-    _check(name, q)
-    path = resolve_backend(name, backend, q, without_triton(q))
+    _check(_NAME, q, k, v)
+    path = resolve_backend(_NAME, backend, q, without_triton(q))
     factor = resolve_scale(scale, q.shape[-1])
     if path == "reference":
-        return reference.channel_attention(q, k, v, factor)
+        return run_reference(reference.channel_attention, q, k, v, factor)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return torch.ops.zoo.channel_attention(q, k, v, factor, path)[0]
 
@@ -54,23 +54,20 @@ def channel_attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, back
 
     All other arguments, the result [B, N, heads, dim] and the errors are those of `channel_attention`.
     """
-    name = "channel_attention_qkvpacked"
-    require(
-        qkv.ndim == 5 and qkv.shape[2] == 3, f"{name}: qkv must be [B, N, 3, heads, dim], got shape {tuple(qkv.shape)}"
-    )
-    _check(name, qkv)
-    path = resolve_backend(name, backend, qkv, without_triton(qkv))
+    q, k, v = unpack(_PACKED, qkv, "[B, N, 3, heads, dim]")
+    path = resolve_backend(_PACKED, backend, qkv, without_triton(qkv))
     factor = resolve_scale(scale, qkv.shape[-1])
     if path == "reference":
-        q, k, v = qkv.unbind(2)
-        return reference.channel_attention(q, k, v, factor)
+        return run_reference(reference.channel_attention, q, k, v, factor)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     return torch.ops.zoo.channel_attention_qkvpacked(qkv, factor, path)[0]
 
 
-def _check(name: str, x: Tensor) -> None:
-    require(x.is_floating_point(), f"{name}: the tensors must be floating point, got {x.dtype}")
-    require(min(x.shape[1:]) > 0, f"{name}: only the batch may be empty, got shape {tuple(x.shape)}")
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> None:
+    check_layout(op, "q", q, "[B, N, heads, dim]")
+    for name, x in (("k", k), ("v", v)):
+        require(x.shape == q.shape, op, "{} must have q's shape {}, got {}", name, q.shape, x.shape)
+    check_agreement(op, {"q": q}, k=k, v=v)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -82,23 +79,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tup
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = (_empty(q), _empty(q), _empty(q))
-    _backward_into(grad, q, k, v, maps, scale, backend, grads)
-    return grads
-
-
-def _backward_into(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    maps: Tensor,
-    scale: float,
-    backend: str,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Tensor, scale: float, backend: str,
     into: tuple[Tensor, Tensor, Tensor],
-) -> None:
+) -> None:  # fmt: skip
     if runs_triton(_NAME, backend, q):
         from .kernels import channel_backward_triton
 
@@ -107,66 +90,15 @@ def _backward_into(
         cpu.backward(grad, q, k, v, maps, scale, into)
 
 
-def _forward_packed(qkv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    return _forward(q, k, v, scale, backend)
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, _n, heads, dim = q.shape
+    return empty(q), q.new_empty((batch, heads, dim, dim), dtype=compute_dtype(q))
 
 
-def _backward_packed(grad: Tensor, qkv: Tensor, maps: Tensor, scale: float, backend: str) -> Tensor:
-    dqkv = _empty(qkv)
-    q, k, v = qkv.unbind(2)
-    dq, dk, dv = dqkv.unbind(2)
-    _backward_into(grad, q, k, v, maps, scale, backend, (dq, dk, dv))
-    return dqkv
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _fake(q: Tensor) -> tuple[Tensor, Tensor]:
-    batch, _, heads, dim = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return _empty(q), torch.empty((batch, heads, dim, dim), dtype=dtype, device=q.device)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, scale, backend = inputs
-    ctx.options = (scale, backend)
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _autograd(ctx, grad: Tensor, grad_maps: Tensor):
-    *tensors, maps = ctx.saved_tensors
-    if len(tensors) == 3:
-        return (*torch.ops.zoo.channel_attention_backward(grad, *tensors, maps, *ctx.options), None, None)
-    return torch.ops.zoo.channel_attention_qkvpacked_backward(grad, *tensors, maps, *ctx.options), None, None
-
-
-register_op(
-    "channel_attention(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
-    _forward,
-    lambda q, k, v, *options: _fake(q),
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-register_op(
-    "channel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor maps, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad, q, *rest: (_empty(q), _empty(q), _empty(q)),
-    autocast=False,
-)
-register_op(
-    "channel_attention_qkvpacked(Tensor qkv, float scale, str backend) -> (Tensor, Tensor)",
-    _forward_packed,
-    lambda qkv, *options: _fake(qkv.select(2, 0)),
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-register_op(
-    "channel_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor maps, float scale, str backend) -> Tensor",
-    _backward_packed,
-    lambda grad, qkv, *rest: _empty(qkv),
-    autocast=False,
-)
+register_qkv(
+    _NAME, _forward, _backward, _fake,
+    outputs=("out", "maps"),
+    flops=lambda q: 4 * math.prod(q) * q[-1],
+    backward_flops=2,
+    check=_check,
+)  # fmt: skip

@@ -1,19 +1,13 @@
 """The public function: argument checks, registration with torch.library, choice of the path."""
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import (
-    autocast_dtype,
-    register_op,
-    require,
-    resolve_backend,
-    resolve_scale,
-    runs_triton,
-    without_triton,
-)
+from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
+from zoo.ops._checks import check_agreement, check_layout, check_table, compute_dtype, require, resolve_scale
+from zoo.ops._register import empty, pair_flops, register_pair
 
 from .cpu import halo_attention_backward_cpu, halo_attention_cpu
 from .reference import halo_attention_reference
@@ -21,8 +15,6 @@ from .reference import halo_attention_reference
 __all__ = ["halo_attention"]
 
 _NAME = "halo_attention"
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? rel_height, Tensor? rel_width"
-_SETTINGS = "int block_size, int halo_size, int stride, bool mask_border, float scale, str backend"
 
 
 def halo_attention(
@@ -74,50 +66,46 @@ def halo_attention(
         ValueError: a shape, dtype, size or border does not fit; the message names it.
         RuntimeError: the named backend cannot run this call.
     """
-    stride = _check(q, k, v, block_size, halo_size, {"rel_height": rel_height, "rel_width": rel_width}, border)
+    require(border in ("zero", "mask"), _NAME, "border must be 'zero' or 'mask', got {!r}", border)
+    for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0)):
+        fits = isinstance(value, int) and value >= least
+        require(fits, _NAME, "{} must be an int >= {}, got {!r}", name, least, value)
+    tensors = (q, k, v, rel_height, rel_width)
+    stride = _check(_NAME, *tensors, block_size, halo_size)
     settings = (block_size, halo_size, stride, border == "mask", resolve_scale(scale, q.shape[-1]))
     backend = resolve_backend(_NAME, backend, q, without_triton(q))
     if backend == "reference":
-        return halo_attention_reference(q, k, v, rel_height, rel_width, *settings)
-    out: Tensor = _forward(q, k, v, rel_height, rel_width, *settings, backend)[0]
+        return run_reference(halo_attention_reference, *tensors, *settings)
+    out: Tensor = _op(*tensors, *settings, backend)[0]
     return out
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, halo_size: int, tables: dict[str, Tensor | None], border: str
-) -> int:
-    """Raise unless the arguments fit; the stride of the queries."""
+    op: str, q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
+    block_size: int, halo_size: int, stride: int | None = None, *_: Any,
+) -> int:  # fmt: skip
+    """Raise unless the arguments fit; the stride of the queries, which is the one that a call names."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        shape = tuple(x.shape)
-        require(x.dim() == 5, f"{_NAME}: {name} must be [B, H, W, heads, dim], got shape {shape}")
-        require(min(shape[1:]) > 0, f"{_NAME}: {name} must have sizes of at least 1, got shape {shape}")
-        require(x.is_floating_point(), f"{_NAME}: {name} must be floating point, got {x.dtype}")
-    require(q.shape[0] == k.shape[0], f"{_NAME}: q has batch {q.shape[0]}, k has {k.shape[0]}")
+        check_layout(op, name, x, "[B, H, W, heads, dim]")
+    require(q.shape[0] == k.shape[0], op, "q has batch {}, k has {}", q.shape[0], k.shape[0])
     fits = q.shape[3:] == k.shape[3:]
-    require(fits, f"{_NAME}: q has (heads, dim) {tuple(q.shape[3:])}, k has {tuple(k.shape[3:])}")
+    require(fits, op, "q has (heads, dim) {}, k has {}", q.shape[3:], k.shape[3:])
     fits = v.shape[:4] == k.shape[:4]
-    require(fits, f"{_NAME}: v has [B, H, W, heads] {tuple(v.shape[:4])}, k has {tuple(k.shape[:4])}")
-    for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0)):
-        require(isinstance(value, int) and value >= least, f"{_NAME}: {name} must be an int >= {least}, got {value!r}")
-    require(border in ("zero", "mask"), f"{_NAME}: border must be 'zero' or 'mask', got {border!r}")
-    rows, dim = 2 * (block_size + 2 * halo_size) - 1, q.shape[-1]
-    for name, table in tables.items():
-        if table is not None:
-            fits = tuple(table.shape) == (rows, dim)
-            require(fits, f"{_NAME}: {name} must be [2 * window - 1, dim] = [{rows}, {dim}], got {tuple(table.shape)}")
-    for name, tensor in {"k": k, "v": v, **tables}.items():
-        if tensor is not None:
-            require(tensor.device == q.device, f"{_NAME}: {name} is on {tensor.device}, q on {q.device}")
-            same = tensor.dtype == q.dtype or autocast_dtype(q) is not None
-            require(same, f"{_NAME}: {name} has dtype {tensor.dtype}, q has {q.dtype}")
-    return _stride(q, k, block_size)
+    require(fits, op, "v has [B, H, W, heads] {}, k has {}", v.shape[:4], k.shape[:4])
+    shape = (2 * (block_size + 2 * halo_size) - 1, q.shape[-1])
+    for name, table in (("rel_height", rel_height), ("rel_width", rel_width)):
+        check_table(op, name, table, "[2 * window - 1, dim]", shape)
+    check_agreement(op, {"q": q}, k=k, v=v, rel_height=rel_height, rel_width=rel_width)
+    found = _stride(q, k, block_size)
+    require(stride in (None, found), op, "the maps of q and k have stride {}, got {}", found, stride)
+    return found
 
 
 def _stride(q: Tensor, k: Tensor, block_size: int) -> int:
     """The divisor of block_size that takes k's map to q's. Where several do, one block holds all: they are equal."""
+    (rows, cols), (height, width) = q.shape[1:3], k.shape[1:3]
     for stride in range(1, block_size + 1):
-        sizes = tuple(-(-size // stride) for size in k.shape[1:3])
-        if block_size % stride == 0 and sizes == tuple(q.shape[1:3]):
+        if block_size % stride == 0 and -(-height // stride) == rows and -(-width // stride) == cols:
             return stride
     raise ValueError(
         f"{_NAME}: q has the map {tuple(q.shape[1:3])}, k has {tuple(k.shape[1:3])}; q must be of the same size, or of "
@@ -125,55 +113,50 @@ def _stride(q: Tensor, k: Tensor, block_size: int) -> int:
     )
 
 
-def _forward_impl(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if runs_triton(_NAME, arguments[-1], q):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
+    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    arguments = (q, k, v, rel_height, rel_width, block_size, halo_size, stride, mask_border, scale)
+    if runs_triton(_NAME, backend, q):
         from .kernels import halo_attention_triton
 
-        return halo_attention_triton(q, k, v, *arguments[:-1])
-    return halo_attention_cpu(q, k, v, *arguments[:-1])
+        return halo_attention_triton(*arguments)
+    return halo_attention_cpu(*arguments)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=wide)
-
-
-def _backward_impl(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    if runs_triton(_NAME, arguments[-1], q):
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
+    out: Tensor, lse: Tensor,
+    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (grad, q, k, v, rel_height, rel_width, out, lse)
+    if runs_triton(_NAME, backend, q):
         from .kernels import halo_attention_backward_triton
 
-        return halo_attention_backward_triton(grad, q, k, v, *arguments[:-1])
-    return halo_attention_backward_cpu(grad, q, k, v, *arguments[:-1])
+        return halo_attention_backward_triton(*tensors, block_size, halo_size, stride, mask_border, scale)
+    return halo_attention_backward_cpu(*tensors, block_size, halo_size, stride, mask_border, scale)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tables = (q.new_empty((0, q.shape[-1]) if t is None else t.shape) for t in arguments[:2])
-    return *(x.new_empty(x.shape) for x in (q, k, v)), *tables
+    return empty(q), empty(k), empty(v), *tables
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.settings = inputs[5:]
-    ctx.mark_non_differentiable(output[1])
+def _flops(q: Any, v: Any, rel_height: Any, rel_width: Any, block_size: int, halo_size: int) -> int:
+    window = block_size + 2 * halo_size
+    tables = sum(2 * math.prod(q) * window for table in (rel_height, rel_width) if table is not None)
+    return pair_flops(q, window * window, v[-1]) + tables
 
 
-def _backward_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *given, out, lse = ctx.saved_tensors
-    grads = _backward(grad, *given, out, lse, *ctx.settings)
-    return *(None if x is None else dx for dx, x in zip(grads, given, strict=True)), *(None,) * len(ctx.settings)
-
-
-_backward = register_op(
-    f"{_NAME}_backward(Tensor grad, {_TENSORS}, Tensor out, Tensor lse, {_SETTINGS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl,
-    _backward_fake,
-    autocast=False,
-)
-_forward = register_op(
-    f"{_NAME}({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
-    _forward_impl,
-    _forward_fake,
-    setup_context=_setup_context,
-    backward=_backward_autograd,
-)
+_op, _ = register_pair(
+    _NAME, _forward, _backward, _fake,
+    backward_fake=_backward_fake,
+    flops=_flops,
+    shared=("rel_height", "rel_width"),
+    check=_check,
+)  # fmt: skip

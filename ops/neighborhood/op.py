@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops._dispatch import (
-    LIBRARY,
-    autocast_dtype,
-    no_autocast,
-    register_op,
-    resolve_backend,
+from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
+from zoo.ops._checks import (
+    check_agreement,
+    check_layout,
+    check_table,
+    compute_dtype,
+    per_axis,
+    require,
     resolve_scale,
-    runs_triton,
-    without_triton,
+    unpack,
 )
+from zoo.ops._register import pair_flops, register_qkv
 
 from .cpu import neighborhood_attention_backward_cpu, neighborhood_attention_cpu
 from .reference import neighborhood_attention_reference
@@ -26,7 +27,7 @@ __all__ = ["neighborhood_attention", "neighborhood_attention_qkvpacked"]
 
 _NAME = "neighborhood_attention"
 _PACKED = "neighborhood_attention_qkvpacked"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LAYOUTS = ("[B, L, heads, dim]", "[B, H, W, heads, dim]")
 _AXES = {1: ("length",), 2: ("height", "width")}
 
 
@@ -73,14 +74,13 @@ def neighborhood_attention(
         ValueError: an argument does not fit the others; the message names it and its value.
         RuntimeError: the named backend cannot run here.
     """
-    axes = _check_tensors(_NAME, q, k, v)
-    sizes = _check_sizes(_NAME, q.shape[1:-2], axes, kernel_size, dilation, stride, is_causal)
-    _check_bias(_NAME, q, bias, sizes[0])
+    sizes = _sizes(_NAME, q.dim() - 3, kernel_size, dilation, stride, is_causal)
+    _check(_NAME, q, k, v, bias, *sizes)
     scale = resolve_scale(scale, q.shape[-1])
     backend = resolve_backend(_NAME, backend, q, without_triton(q))
     if backend == "reference":
-        return _reference(q, k, v, bias, sizes, scale)
-    return _forward(q, k, v, bias, *sizes, scale, backend)[0]
+        return run_reference(neighborhood_attention_reference, q, k, v, bias, *sizes, scale)[0]
+    return torch.ops.zoo.neighborhood_attention(q, k, v, bias, *sizes, scale, backend)[0]
 
 
 def neighborhood_attention_qkvpacked(
@@ -107,313 +107,91 @@ def neighborhood_attention_qkvpacked(
         ValueError: an argument does not fit the others; the message names it and its value.
         RuntimeError: the named backend cannot run here.
     """
-    if qkv.dim() not in (5, 6) or qkv.shape[-3] != 3:
-        raise ValueError(
-            f"{_PACKED}: qkv must be [B, L, 3, heads, dim] or [B, H, W, 3, heads, dim], got shape {tuple(qkv.shape)}"
-        )
-    q, k, v = qkv.unbind(-3)
-    axes = _check_tensors(_PACKED, q, k, v)
-    sizes = _check_sizes(_PACKED, q.shape[1:-2], axes, kernel_size, dilation, stride, is_causal)
-    _check_bias(_PACKED, q, bias, sizes[0])
+    q, k, v = unpack(_PACKED, qkv, "[B, L, 3, heads, dim]", "[B, H, W, 3, heads, dim]")
+    sizes = _sizes(_PACKED, q.dim() - 3, kernel_size, dilation, stride, is_causal)
+    _check(_PACKED, q, k, v, bias, *sizes)
     scale = resolve_scale(scale, qkv.shape[-1])
     backend = resolve_backend(_PACKED, backend, qkv, without_triton(qkv))
     if backend == "reference":
-        return _reference(q, k, v, bias, sizes, scale)
-    return _packed_forward(qkv, bias, *sizes, scale, backend)[0]
+        return run_reference(neighborhood_attention_reference, q, k, v, bias, *sizes, scale)[0]
+    return torch.ops.zoo.neighborhood_attention_qkvpacked(qkv, bias, *sizes, scale, backend)[0]
 
 
-_Sizes = tuple[list[int], list[int], list[int], list[bool]]
+_Sizes = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
 
 
-def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor) -> int:
-    if q.dim() not in (4, 5):
-        raise ValueError(f"{op}: q must be [B, L, heads, dim] or [B, H, W, heads, dim], got shape {tuple(q.shape)}")
-    if k.shape != q.shape:
-        raise ValueError(f"{op}: k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(
-            f"{op}: v must have the shape of q up to the last dimension, {tuple(q.shape)}, got {tuple(v.shape)}"
-        )
-    if q.shape[-1] == 0 or v.shape[-1] == 0:
-        raise ValueError(f"{op}: the head dimension must be positive, got q {tuple(q.shape)} and v {tuple(v.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}")
-    return q.dim() - 3
-
-
-def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    # after autocast, which may be what makes them agree
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"{op}: q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} is {x.dtype}, q is {q.dtype}; they must agree")
-
-
-def _check_sizes(
+def _sizes(
     op: str,
-    spatial: Sequence[int],
     axes: int,
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int],
     stride: int | Sequence[int],
     is_causal: bool | Sequence[bool],
 ) -> _Sizes:
-    kernels = _per_axis(op, "kernel_size", kernel_size, axes)
-    dilations = _per_axis(op, "dilation", dilation, axes)
-    strides = _per_axis(op, "stride", stride, axes)
+    axes = min(max(axes, 1), 2)  # of q, whose layout is yet to be checked
     causal = list(is_causal) if isinstance(is_causal, Sequence) else [is_causal] * axes
-    if len(causal) != axes or not all(isinstance(c, bool) for c in causal):
-        raise ValueError(f"{op}: is_causal must be a bool or {axes} of them, got {is_causal!r}")
-    for name, size, k, d, s in zip(_AXES[axes], spatial, kernels, dilations, strides, strict=True):
-        if s > k:
-            raise ValueError(f"{op}: stride {s} exceeds kernel_size {k} along the {name}")
-        if size < k * d:
+    fits = len(causal) == axes and all(isinstance(c, bool) for c in causal)
+    require(fits, op, "is_causal must be a bool or {} of them, got {!r}", axes, is_causal)
+    sizes = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
+    kernels, dilations, strides = (per_axis(op, name, value, axes) for name, value in sizes.items())
+    return kernels, dilations, strides, [int(c) for c in causal]
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> None:
+    check_layout(op, "q", q, *_LAYOUTS)
+    check_layout(op, "v", v, *_LAYOUTS)
+    require(k.shape == q.shape, op, "k must have the shape of q, {}, got {}", q.shape, k.shape)
+    fits = v.shape[:-1] == q.shape[:-1]
+    require(fits, op, "v must have the shape of q up to the last dimension, {}, got {}", q.shape, v.shape)
+    check_agreement(op, {"q": q}, k=k, v=v)
+    check_agreement(op, {"q": q}, dtypes=False, bias=bias)
+    names = _AXES[q.dim() - 3]
+    sizes = arguments[:4]
+    require(all(len(x) == len(names) for x in sizes), op, "q has {} axes, the sizes are {}", len(names), sizes)
+    for name, size, kernel, dilation, stride in zip(names, q.shape[1:-2], *sizes[:3], strict=True):
+        require(stride <= kernel, op, "stride {} exceeds kernel_size {} along the {}", stride, kernel, name)
+        if size < kernel * dilation:
             raise ValueError(
-                f"{op}: kernel_size {k} x dilation {d} = {k * d} exceeds the {name} {size}: a dilation phase "
-                f"would have {size // d} tokens for {k} keys; "
-                f"lower kernel_size or dilation, or pad the {name} to {k * d}"
+                f"{op}: kernel_size {kernel} x dilation {dilation} = {kernel * dilation} exceeds the {name} {size}: "
+                f"a dilation phase would have {size // dilation} tokens for {kernel} keys; "
+                f"lower kernel_size or dilation, or pad the {name} to {kernel * dilation}"
             )
-    return kernels, dilations, strides, causal
+    shape = (q.shape[-2], *(2 * x - 1 for x in sizes[0]))
+    check_table(op, "bias", bias, "[heads, 2 * kernel_size - 1 per axis]", shape)
 
 
-def _per_axis(op: str, name: str, value: int | Sequence[int], axes: int) -> list[int]:
-    values = list(value) if isinstance(value, Sequence) else [value] * axes
-    if len(values) != axes or not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values):
-        raise ValueError(f"{op}: {name} must be a positive int or {axes} of them, got {value!r}")
-    return values
-
-
-def _check_bias(op: str, q: Tensor, bias: Tensor | None, kernel_size: list[int]) -> None:
-    if bias is None:
-        return
-    shape = (q.shape[-2], *(2 * k - 1 for k in kernel_size))
-    if tuple(bias.shape) != shape:
-        raise ValueError(
-            f"{op}: bias must have shape {shape} (heads, 2 * kernel_size - 1 per axis), got {tuple(bias.shape)}"
-        )
-    if bias.device != q.device:
-        raise ValueError(f"{op}: bias is on {bias.device}, q on {q.device}")
-    if bias.dtype not in _DTYPES:
-        raise ValueError(f"{op}: bias must be float16, bfloat16, float32 or float64, got {bias.dtype}")
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sizes: _Sizes, scale: float) -> Tensor:
-    dtype = autocast_dtype(q)
-    if dtype is not None:
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    _check_dtypes(_NAME, q, k, v)
-    with no_autocast(q):
-        return neighborhood_attention_reference(q, k, v, bias, *sizes, scale)[0]
-
-
-def _check_registered(
-    op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]
-) -> None:
-    """Checks of a direct call of the registered op, which asks for them by leaving the backend empty."""
-    _check_dtypes(op, q, k, v)
-    *sizes, _, backend = arguments
-    if not backend:
-        kernels = _check_sizes(op, q.shape[1:-2], _check_tensors(op, q, k, v), *sizes)[0]
-        _check_bias(op, q, bias, kernels)
-    elif backend not in ("cpu", "triton"):
-        raise ValueError(f"{op}: the registered op runs backend '', 'cpu' or 'triton', got {backend!r}")
-
-
-def _forward_impl(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _check_registered(_NAME, q, k, v, bias, arguments)
-    return _run_forward(q, k, v, bias, arguments)
-
-
-def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(_NAME, arguments[-1], q):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sizes = kernel_size, dilation, stride, [bool(c) for c in is_causal]
+    if runs_triton(_NAME, backend, q):
         from .kernels import neighborhood_attention_triton
 
-        return neighborhood_attention_triton(q, k, v, bias, *arguments[:-1])
-    return neighborhood_attention_cpu(q, k, v, bias, *arguments[:-1])
+        return neighborhood_attention_triton(q, k, v, bias, *sizes, scale)
+    return neighborhood_attention_cpu(q, k, v, bias, *sizes, scale)
 
 
-def _run_backward(
-    grad: Tensor,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: float, backend: str,
     into: tuple[Tensor, Tensor, Tensor],
-    arguments: tuple[Any, ...],
-) -> Tensor:
-    """Write dq, dk and dv into the tensors given; the gradient of the bias, empty where there is none."""
-    q, k, v, bias, out, lse = tensors
-    if runs_triton(_NAME, arguments[-1], q):
+) -> Tensor | None:  # fmt: skip
+    sizes = kernel_size, dilation, stride, [bool(c) for c in is_causal]
+    if runs_triton(_NAME, backend, q):
         from .kernels import neighborhood_attention_backward_triton
 
-        dbias = neighborhood_attention_backward_triton(grad, *tensors, *arguments[:-1], into=into)[3]
-        return q.new_empty((0,)) if dbias is None else dbias
-    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, *arguments[:-1])
+        return neighborhood_attention_backward_triton(grad, q, k, v, bias, out, lse, *sizes, scale, into=into)[3]
+    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, *sizes, scale)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _check_dtypes(_NAME, q, k, v)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=dtype)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
 
 
-def _backward_impl(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv, _run_backward(grad, (q, k, v, bias, out, lse), (dq, dk, dv), arguments)
-
-
-def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *gradients, q.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
-
-
-def _packed_forward_impl(qkv: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(-3)
-    _check_registered(_PACKED, q, k, v, bias, arguments)
-    return _run_forward(q, k, v, bias, arguments)
-
-
-def _packed_forward_fake(qkv: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(-3)
-    return _forward_fake(q, k, v, bias, *arguments)
-
-
-def _packed_backward_impl(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(-3)
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    dq, dk, dv = dqkv.unbind(-3)
-    return dqkv, _run_backward(grad, (q, k, v, bias, out, lse), (dq, dk, dv), arguments)
-
-
-def _packed_backward_fake(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    dbias = qkv.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), dbias
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, kernel_size, dilation, stride, is_causal, scale, backend = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.arguments = kernel_size, dilation, stride, is_causal, scale, backend
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, out, lse = ctx.saved_tensors
-    dq, dk, dv, dbias = _backward(grad, q, k, v, bias, out, lse, *ctx.arguments)
-    return dq, dk, dv, None if bias is None else dbias, *(None,) * len(ctx.arguments)
-
-
-def _packed_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    qkv, bias, out, lse = ctx.saved_tensors
-    dqkv, dbias = _packed_backward(grad, qkv, bias, out, lse, *ctx.arguments)
-    return dqkv, None if bias is None else dbias, *(None,) * len(ctx.arguments)
-
-
-def _twice(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(f"{_NAME}: only backend='reference' can be differentiated twice")
-
-
-def _vmap_rule(op: Any, inputs: Sequence[int], outputs: Sequence[int]) -> Any:
-    """Batching rule: heads are independent, so a mapped dimension is folded into them.
-
-    inputs, outputs: the axis of the heads in every tensor argument and result.
-    """
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        folded = list(args)
-        for i, axis in enumerate(inputs):
-            x, mapped = args[i], in_dims[i]
-            if x is not None:
-                x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if mapped is None else x.movedim(mapped, 0)
-                axis %= x.dim() - 1
-                folded[i] = x.movedim(0, axis).flatten(axis, axis + 1)
-        results = op(*folded)
-        # an absent bias has an empty gradient
-        parts = [
-            x.unflatten(axis, (info.batch_size, -1)) if x.dim() > 1 else x
-            for x, axis in zip(results, outputs, strict=True)
-        ]
-        dims = [axis % (x.dim() - 1) if x.dim() > 1 else None for x, axis in zip(parts, outputs, strict=True)]
-        return tuple(parts), tuple(dims)
-
-    return rule
-
-
-_ARGUMENTS = "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal, float scale, str backend"
-_backward = register_op(
-    f"{_NAME}_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl,
-    _backward_fake,
-    backward=_twice,
-    autocast=False,
-)
-_forward = register_op(
-    f"{_NAME}(Tensor q, Tensor k, Tensor v, Tensor? bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    _forward_impl,
-    _forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-_packed_backward = register_op(
-    f"{_PACKED}_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, {_ARGUMENTS})"
-    " -> (Tensor, Tensor)",
-    _packed_backward_impl,
-    _packed_backward_fake,
-    backward=_twice,
-    autocast=False,
-)
-_packed_forward = register_op(
-    f"{_PACKED}(Tensor qkv, Tensor? bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    _packed_forward_impl,
-    _packed_forward_fake,
-    setup_context=_setup_context,
-    backward=_packed_autograd,
-)
-
-for _op, _inputs, _outputs in (
-    (_forward, (-2, -2, -2, 0), (-2, -1)),
-    (_backward, (-2, -2, -2, -2, 0, -2, -1), (-2, -2, -2, 0)),
-    (_packed_forward, (-2, 0), (-2, -1)),
-    (_packed_backward, (-2, -2, 0, -2, -1), (-2, 0)),
-):
-    torch.library.register_vmap(str(_op.name()), _vmap_rule(_op, _inputs, _outputs), lib=LIBRARY)
-
-
-def _flops(query: Sequence[int], value_dim: int, kernel_size: Sequence[int], products: int) -> int:
-    return products * math.prod(query[:-1]) * math.prod(kernel_size) * (query[-1] + value_dim)
-
-
-@register_flop_formula(torch.ops.zoo.neighborhood_attention)
-def _forward_flops(
-    q: Sequence[int], k: Sequence[int], v: Sequence[int], bias: Any, kernel_size: Any, *_: Any, **__: Any
-) -> int:
-    return _flops(q, v[-1], kernel_size, 2)
-
-
-@register_flop_formula(torch.ops.zoo.neighborhood_attention_backward)
-def _backward_flops(
-    grad: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, lse: Any, kernel_size: Any, *_: Any, **__: Any
-) -> int:
-    return _flops(q, v[-1], kernel_size, 5)
-
-
-@register_flop_formula(torch.ops.zoo.neighborhood_attention_qkvpacked)
-def _packed_flops(qkv: Sequence[int], bias: Any, kernel_size: Sequence[int], *_: Any, **__: Any) -> int:
-    return _flops((*qkv[:-3], *qkv[-2:]), qkv[-1], kernel_size, 2)
-
-
-@register_flop_formula(torch.ops.zoo.neighborhood_attention_qkvpacked_backward)
-def _packed_backward_flops(
-    grad: Any, qkv: Sequence[int], bias: Any, out: Any, lse: Any, kernel_size: Any, *_: Any, **__: Any
-) -> int:
-    return _flops((*qkv[:-3], *qkv[-2:]), qkv[-1], kernel_size, 5)
+register_qkv(
+    _NAME, _forward, _backward, _fake,
+    flops=lambda q, v, kernel_size: pair_flops(q, math.prod(kernel_size), v[-1]),
+    per_head=("bias",),
+    check=_check,
+)  # fmt: skip

@@ -66,11 +66,14 @@ def backward(
 
 def check_range(index: Tensor) -> None:
     """Raise IndexError for a region number outside the map. Only for CPU tensors: elsewhere it would wait."""
+    regions = index.shape[1]
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # torch.vmap takes no number out of a tensor
+        index = torch._C._functorch.get_unwrapped(index)
     if index.numel() and index.device.type == "cpu":
         low, high = (int(x) for x in index.aminmax())
-        if low < 0 or high >= index.shape[1]:
+        if low < 0 or high >= regions:
             wrong = low if low < 0 else high
-            raise IndexError(f"routing_attention: index holds region {wrong}; there are {index.shape[1]} regions")
+            raise IndexError(f"routing_attention: index holds region {wrong}; there are {regions} regions")
 
 
 def _image_groups(q: Tensor) -> Iterator[slice]:

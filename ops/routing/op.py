@@ -5,22 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import (
-    autocast_dtype,
-    register_op,
-    require,
-    resolve_backend,
-    resolve_scale,
-    runs_triton,
-    without_triton,
-)
+from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
+from zoo.ops._checks import check_agreement, check_layout, compute_dtype, per_axis, require, resolve_scale
+from zoo.ops._register import pair_flops, register_op, register_pair
 
 from . import cpu, reference
 from .layout import Pair, grid_size
 
 __all__ = ["routing_attention", "routing_index"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAME = "routing_attention"
+_INDEX = "routing_index"
 
 
 def routing_attention(
@@ -69,38 +64,23 @@ def routing_attention(
 
     Source: BiFormer (arXiv:2303.08810) section 3.2; ops/bra_legacy.py and ops/bra_nchw.py of rayleizhu/BiFormer.
     """
-    op = "routing_attention"
-    region = _check(op, q, k, regions, topk, padding, same_size=index is None)
-    require(v.dim() == 5, f"{op}: v must be [B, H, W, heads, dim], got shape {tuple(v.shape)}")
-    require(
-        v.shape[:4] == k.shape[:4],
-        f"{op}: v must agree with k in all but the last axis, got {tuple(v.shape)} and {tuple(k.shape)}",
-    )
-    require(_agrees(v, q), f"{op}: v is {v.dtype} on {v.device}, {_place(q)}")
-    backend = resolve_backend(op, backend, q, without_triton(q))
-    factor = resolve_scale(scale, q.shape[3] * q.shape[4])
-
+    region = _region(_NAME, q, regions, padding)
     if index is None:
-        index = _index(q, k, region, topk, backend)
+        _check_index(_NAME, q, k, *region, topk)
     else:
-        rows, cols = grid_size(q, region)
-        require(
-            index.dim() == 3 and tuple(index.shape) == (q.shape[0], rows * cols, topk),
-            f"{op}: index must be [B, R, topk] = {(q.shape[0], rows * cols, topk)}, got {tuple(index.shape)}",
-        )
-        require(index.dtype in (torch.int32, torch.int64), f"{op}: index must be int32 or int64, got {index.dtype}")
-        require(index.device == q.device, f"{op}: index is on {index.device}, q on {q.device}")
-        index = index.long()
-
+        shape = (q.shape[0], _count(q, region), topk)
+        fits = index.dim() == 3 and tuple(index.shape) == shape
+        require(fits, _NAME, "index must be [B, R, topk] = {}, got {}", shape, index.shape)
+    _check(_NAME, q, k, v, index, *region)
+    backend = resolve_backend(_NAME, backend, q, without_triton(q))
+    factor = resolve_scale(scale, q.shape[3] * q.shape[4])
+    index = _index(q, k, region, topk, backend) if index is None else index.long()
     if backend == "reference":
         if not torch.compiler.is_compiling():
             cpu.check_range(index)
-        dtype = autocast_dtype(q)
-        if dtype is not None and q.dtype != torch.float64:
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        out, _ = reference.routing_attention(q, k, v, index, region, factor)
+        out, _ = run_reference(reference.routing_attention, q, k, v, index, region, factor)
     else:
-        out, _ = _attention_op(q, k, v, index, region[0], region[1], factor, backend)
+        out, _ = torch.ops.zoo.routing_attention(q, k, v, index, *region, factor, backend)
     return (out, index) if return_index else out
 
 
@@ -125,72 +105,78 @@ def routing_index(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: the named backend cannot run here.
     """
-    region = _check("routing_index", q, k, regions, topk, padding, same_size=True)
-    return _index(q, k, region, topk, resolve_backend("routing_index", backend, q, without_triton(q)))
+    region = _region(_INDEX, q, regions, padding)
+    _check_index(_INDEX, q, k, *region, topk)
+    return _index(q, k, region, topk, resolve_backend(_INDEX, backend, q, without_triton(q)))
 
 
 def _index(q: Tensor, k: Tensor, region: Pair, topk: int, backend: str) -> Tensor:
     q, k = q.detach(), k.detach()
     if backend == "reference":
         return reference.routing_index(q, k, region, topk)
-    index: Tensor = _index_op(q, k, region[0], region[1], topk, backend)
+    index: Tensor = torch.ops.zoo.routing_index(q, k, *region, topk, backend)
     return index
 
 
-def _check(
-    op: str, q: Tensor, k: Tensor, regions: int | tuple[int, int], topk: int, padding: str, same_size: bool
-) -> Pair:
-    """Check what both functions take; the size of a region."""
-    for name, x in (("q", q), ("k", k)):
-        require(x.dim() == 5, f"{op}: {name} must be [B, H, W, heads, dim], got shape {tuple(x.shape)}")
-    require(q.dtype in _DTYPES, f"{op}: q has dtype {q.dtype}; float16, bfloat16, float32 and float64 are supported")
-    require(_agrees(k, q), f"{op}: k is {k.dtype} on {k.device}, {_place(q)}")
-    require(
-        q.shape[0] == k.shape[0] and q.shape[3:] == k.shape[3:],
-        f"{op}: q and k must agree in batch, heads and dim, got {tuple(q.shape)} and {tuple(k.shape)}",
-    )
-    height, width = q.shape[1], q.shape[2]
-    require(
-        height > 0 and width > 0 and q.shape[3] > 0 and q.shape[4] > 0,
-        f"{op}: q must not be empty except in its batch, got shape {tuple(q.shape)}",
-    )
-    rows, cols = (regions, regions) if isinstance(regions, int) else regions
-    require(rows > 0 and cols > 0, f"{op}: regions must be positive, got {regions}")
-    require(padding in ("none", "zero"), f"{op}: padding must be 'none' or 'zero', got {padding!r}")
+def _region(op: str, q: Tensor, regions: int | tuple[int, int], padding: str) -> Pair:
+    """The size of a region."""
+    check_layout(op, "q", q, "[B, H, W, heads, dim]")
+    rows, cols = per_axis(op, "regions", regions)
+    height, width = q.shape[1:3]
+    require(padding in ("none", "zero"), op, "padding must be 'none' or 'zero', got {!r}", padding)
     if padding == "none":
-        require(
-            height % rows == 0 and width % cols == 0,
-            f"{op}: regions {rows} x {cols} do not divide the map {height} x {width}; "
-            f"pad it to a multiple or pass padding='zero'",
-        )
-    region = (max(height // rows, 1), max(width // cols, 1))
+        message = "regions {} x {} do not divide the map {} x {}; pad it to a multiple or pass padding='zero'"
+        require(height % rows == 0 and width % cols == 0, op, message, rows, cols, height, width)
+    return max(height // rows, 1), max(width // cols, 1)
+
+
+def _count(q: Tensor, region: Pair) -> int:
     rows, cols = grid_size(q, region)
-    require(0 < topk <= rows * cols, f"{op}: topk must be in 1..{rows * cols}, the number of regions, got {topk}")
+    return rows * cols
+
+
+def _check_index(op: str, q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, *_: Any) -> None:
+    _check_keys(op, q, k, region_height, region_width)
+    message = "q and k must have the same size unless index is given, got {} x {} and {} x {}"
+    require(q.shape[1:3] == k.shape[1:3], op, message, *q.shape[1:3], *k.shape[1:3])
+    count = _count(q, (region_height, region_width))
+    require(0 < topk <= count, op, "topk must be in 1..{}, the number of regions, got {}", count, topk)
+
+
+def _check_keys(op: str, q: Tensor, k: Tensor, region_height: int, region_width: int) -> None:
+    check_layout(op, "q", q, "[B, H, W, heads, dim]")
+    check_layout(op, "k", k, "[B, H, W, heads, dim]")
+    check_agreement(op, {"q": q}, k=k)
+    fits = q.shape[0] == k.shape[0] and q.shape[3:] == k.shape[3:]
+    require(fits, op, "q and k must agree in batch, heads and dim, got {} and {}", q.shape, k.shape)
+    require(region_height > 0 and region_width > 0, op, "a region has {} x {} tokens", region_height, region_width)
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, region_height: int, region_width: int, *_: Any
+) -> None:
+    _check_keys(op, q, k, region_height, region_width)
+    check_layout(op, "v", v, "[B, H, W, heads, dim]")
+    fits = v.shape[:4] == k.shape[:4]
+    require(fits, op, "v must agree with k in all but the last axis, got {} and {}", v.shape, k.shape)
+    check_agreement(op, {"q": q}, v=v)
+    if index is None:
+        return
+    rows, cols = grid_size(q, (region_height, region_width))
+    fits = index.dim() == 3 and index.shape[0] == q.shape[0] and index.shape[1] == rows * cols
+    require(fits, op, "index must be [B, R, topk] = [{}, {}, topk], got {}", q.shape[0], rows * cols, index.shape)
+    require(0 < index.shape[2] <= rows * cols, op, "topk must be in 1..{}, got {}", rows * cols, index.shape[2])
+    fits = index.dtype in (torch.int32, torch.int64)
+    require(fits, op, "index must be int32 or int64, got {}", index.dtype)
+    check_agreement(op, {"q": q}, dtypes=False, index=index)
     if q.shape[1:3] != k.shape[1:3]:
-        require(
-            not same_size,
-            f"{op}: q and k must have the same size unless index is given, got {height} x {width} and "
-            f"{k.shape[1]} x {k.shape[2]}",
-        )
-        require(
-            k.shape[1] > 0 and k.shape[2] > 0 and k.shape[1] % rows == 0 and k.shape[2] % cols == 0,
-            f"{op}: the {rows} x {cols} regions do not divide the key map {k.shape[1]} x {k.shape[2]}",
-        )
-    return region
+        message = "the {} x {} regions do not divide the key map {} x {}"
+        require(k.shape[1] % rows == 0 and k.shape[2] % cols == 0, op, message, rows, cols, *k.shape[1:3])
 
 
-def _agrees(x: Tensor, q: Tensor) -> bool:
-    """One device, and one dtype unless autocast is going to see to that."""
-    return x.device == q.device and (x.dtype == q.dtype or autocast_dtype(q) is not None)
-
-
-def _place(q: Tensor) -> str:
-    return f"q is {q.dtype} on {q.device}"
-
-
-def _index_impl(q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, backend: str) -> Tensor:
+def _run_index(q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, backend: str) -> Tensor:
     region = (region_height, region_width)
-    if runs_triton("routing_index", backend, q):
+    if runs_triton(_INDEX, backend, q):
         from .kernels import routing_index_triton, sorts_in_a_kernel
 
         if sorts_in_a_kernel(q, region):
@@ -199,84 +185,48 @@ def _index_impl(q: Tensor, k: Tensor, region_height: int, region_width: int, top
 
 
 def _index_fake(q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, backend: str) -> Tensor:
-    rows, cols = grid_size(q, (region_height, region_width))
-    return q.new_empty((q.shape[0], rows * cols, topk), dtype=torch.int64)
+    return q.new_empty((q.shape[0], _count(q, (region_height, region_width)), topk), dtype=torch.int64)
 
 
-def _attention_impl(
+def _index_flops(q: Any, region_height: int, region_width: int) -> int:
+    regions = -(-q[1] // region_height) * -(-q[2] // region_width)
+    return 2 * q[0] * regions * regions * q[3] * q[4]
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, region_height: int, region_width: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if runs_triton("routing_attention", backend, q):
+    if runs_triton(_NAME, backend, q):
         from .kernels import routing_forward_triton
 
         return routing_forward_triton(q, k, v, index, (region_height, region_width), scale)
     return cpu.forward(q, k, v, index, (region_height, region_width), scale)
 
 
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, region_height: int, region_width: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:4], v.shape[4])), q.new_empty(q.shape[:4], dtype=wide)
-
-
-def _backward_impl(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    region_height: int,
-    region_width: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_triton("routing_attention", backend, q):
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor,
+    region_height: int, region_width: int, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (grad.contiguous(), q, k, v, index, out, lse)
+    if runs_triton(_NAME, backend, q):
         from .kernels import routing_backward_triton
 
-        return routing_backward_triton(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
-    return cpu.backward(grad, q, k, v, index, out, lse, (region_height, region_width), scale)
+        return routing_backward_triton(*tensors, (region_height, region_width), scale)
+    return cpu.backward(*tensors, (region_height, region_width), scale)
 
 
-def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:4], v.shape[4])), q.new_empty(q.shape[:4], dtype=compute_dtype(q))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.region_height, ctx.region_width, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+def _flops(q: Any, v: Any, index: Any, region_height: int, region_width: int) -> int:
+    return pair_flops(q, index[2] * region_height * region_width, v[-1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, index, out, lse = ctx.saved_tensors
-    grads = _backward_op(
-        grad.contiguous(), q, k, v, index, out, lse, ctx.region_height, ctx.region_width, ctx.scale, ctx.backend
-    )
-    return (*grads, None, None, None, None, None)
-
-
-_index_op = register_op(
-    "routing_index(Tensor q, Tensor k, SymInt region_height, SymInt region_width, SymInt topk, str backend) -> Tensor",
-    _index_impl,
-    _index_fake,
-    autocast=False,
-)
-_attention_op = register_op(
-    "routing_attention(Tensor q, Tensor k, Tensor v, Tensor index, SymInt region_height, SymInt region_width, "
-    "float scale, str backend) -> (Tensor, Tensor)",
-    _attention_impl,
-    _attention_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-_backward_op = register_op(
-    "routing_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, Tensor out, Tensor lse, "
-    "SymInt region_height, SymInt region_width, float scale, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_impl,
-    _backward_fake,
-    autocast=False,
-)
+register_op(_INDEX, _run_index, _index_fake, results=("index",), flops=_index_flops, check=_check_index)
+register_pair(
+    _NAME, _forward, _backward, _fake,
+    gradients=("q", "k", "v"),
+    flops=_flops,
+    check=_check,
+)  # fmt: skip

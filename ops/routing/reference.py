@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import no_autocast
+from zoo.ops._backend import no_autocast
 
 from .layout import Pair, from_regions, grid_size, key_region_size, pad_to_regions, to_regions
 

@@ -1,18 +1,23 @@
 """The public super-token functions: checks, registration with torch.library, and the choice of path."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
+from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
+from zoo.ops._checks import check_agreement, check_layout, compute_dtype, per_axis, require, resolve_scale
+from zoo.ops._register import register_pair
 
 from . import cpu, reference
 
 __all__ = ["super_token_attention", "super_token_mapping", "super_token_sampling"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SAMPLING = "super_token_sampling"
+_MAPPING = "super_token_mapping"
+_MAP = "[B, H, W, C]"
 
 
 def super_token_sampling(
@@ -47,16 +52,14 @@ def super_token_sampling(
     Source: Huang et al., "Vision Transformer with Super Token Sampling", arXiv:2211.11167, section 3.2;
         models/stvit.py of hhb072/STViT.
     """
-    op = "super_token_sampling"
-    th, tw = _check_cells(op, token_size)
-    _check_map(op, "x", x)
-    require(n_iter >= 1, f"{op}: n_iter must be at least 1, got {n_iter}")
+    th, tw = per_axis(_SAMPLING, "token_size", token_size)
+    _check_sampling(_SAMPLING, x, th, tw, n_iter)
     scale = resolve_scale(scale, x.shape[-1])
-    path = resolve_backend(op, backend, x, without_triton(x))
+    path = resolve_backend(_SAMPLING, backend, x, without_triton(x))
     if path == "reference":
-        tokens, affinity = reference.super_token_sampling(_computed(x), th, tw, n_iter, scale)
-        return tokens.to(x.dtype), affinity.to(x.dtype)
-    tokens, affinity, _ = _sampling(x, th, tw, n_iter, scale, path)
+        tokens, affinity = run_reference(_reference_sampling, x, th, tw, n_iter, scale)
+        return tokens, affinity
+    tokens, affinity, _ = torch.ops.zoo.super_token_sampling(x, th, tw, n_iter, scale, path)
     return tokens, affinity.detach()
 
 
@@ -80,23 +83,13 @@ def super_token_mapping(
 
     Source: arXiv:2211.11167, section 3.2 (token upsampling); models/stvit.py of hhb072/STViT.
     """
-    op = "super_token_mapping"
-    th, tw = _check_cells(op, token_size)
-    _check_map(op, "tokens", tokens)
-    _check_map(op, "affinity", affinity)
-    require(affinity.shape[-1] == 9, f"{op}: affinity must be [B, H, W, 9], got {tuple(affinity.shape)}")
-    H, W = affinity.shape[1:3]
-    expected = (affinity.shape[0], (H + th - 1) // th, (W + tw - 1) // tw)
-    require(
-        tuple(tokens.shape[:3]) == expected,
-        f"{op}: an affinity of shape {tuple(affinity.shape)} with token_size {(th, tw)} needs tokens of shape "
-        f"{(*expected, 'C')}, got {tuple(tokens.shape)}",
-    )
-    path = resolve_backend(op, backend, tokens, without_triton(tokens))
+    th, tw = per_axis(_MAPPING, "token_size", token_size)
+    _check_mapping(_MAPPING, tokens, affinity, th, tw)
+    path = resolve_backend(_MAPPING, backend, tokens, without_triton(tokens))
     if path == "reference":
-        dtype = _computed(tokens).dtype
-        return reference.super_token_mapping(tokens.to(dtype), affinity.to(dtype), th, tw).to(tokens.dtype)
-    return _mapping(tokens, affinity, th, tw, path)
+        return run_reference(_reference_mapping, tokens, affinity, th, tw)
+    out: Tensor = torch.ops.zoo.super_token_mapping(tokens, affinity, th, tw, path)
+    return out
 
 
 def super_token_attention(
@@ -137,16 +130,14 @@ def super_token_attention(
     Source: arXiv:2211.11167, equations 3 to 9; class StokenAttention in models/stvit.py of hhb072/STViT.
     """
     op = "super_token_attention"
-    size = _check_cells(op, token_size)
-    _check_map(op, "x", x)
+    size = per_axis(op, "token_size", token_size)
+    check_layout(op, "x", x, _MAP)
     C = x.shape[-1]
     if qkv_weight is not None:
-        require(num_heads >= 1 and C % num_heads == 0, f"{op}: num_heads {num_heads} does not divide {C} channels")
-        require(
-            qkv_weight.shape[:2] == (3 * C, C),
-            f"{op}: qkv_weight must be [3 C, C] = {(3 * C, C)}, got {tuple(qkv_weight.shape)}",
-        )
-        require(proj_weight is not None, f"{op}: proj_weight is None beside a qkv_weight")
+        require(num_heads >= 1 and C % num_heads == 0, op, "num_heads {} does not divide {} channels", num_heads, C)
+        fits = tuple(qkv_weight.shape[:2]) == (3 * C, C)
+        require(fits, op, "qkv_weight must be [3 C, C] = {}, got {}", (3 * C, C), qkv_weight.shape)
+        require(proj_weight is not None, op, "proj_weight is None beside a qkv_weight")
     path = resolve_backend(op, backend, x, without_triton(x))
     direct = size == (1, 1)
     tokens, affinity = (x, x) if direct else super_token_sampling(x, size, n_iter=n_iter, scale=scale, backend=backend)
@@ -159,151 +150,94 @@ def super_token_attention(
     return tokens if direct else super_token_mapping(tokens, affinity, size, backend=backend)
 
 
-def _check_cells(op: str, token_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (token_size, token_size) if isinstance(token_size, int) else tuple(token_size)
-    require(
-        len(size) == 2 and all(isinstance(s, int) and s >= 1 for s in size),
-        f"{op}: token_size must be a positive int or a pair of them, got {token_size!r}",
-    )
-    return size[0], size[1]
+def _reference_sampling(x: Tensor, th: int, tw: int, n_iter: int, scale: float) -> tuple[Tensor, Tensor]:
+    tokens, affinity = reference.super_token_sampling(x.to(compute_dtype(x)), th, tw, n_iter, scale)
+    return tokens.to(x.dtype), affinity.to(x.dtype)
 
 
-def _check_map(op: str, name: str, x: Tensor) -> None:
-    require(x.ndim == 4, f"{op}: {name} must be 4-D, channels last, got shape {tuple(x.shape)}")
-    require(x.shape[1] > 0 and x.shape[2] > 0 and x.shape[3] > 0, f"{op}: {name} has shape {tuple(x.shape)}")
-    require(x.dtype in _FLOATS, f"{op}: {name} has dtype {x.dtype}; float16, bfloat16, float32 or float64 is needed")
+def _reference_mapping(tokens: Tensor, affinity: Tensor, th: int, tw: int) -> Tensor:
+    dtype = compute_dtype(tokens)
+    return reference.super_token_mapping(tokens.to(dtype), affinity.to(dtype), th, tw).to(tokens.dtype)
 
 
-def _computed(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _check_sampling(op: str, x: Tensor, token_height: int, token_width: int, n_iter: int, *_: Any) -> None:
+    check_layout(op, "x", x, _MAP)
+    per_axis(op, "token_size", (token_height, token_width))
+    require(n_iter >= 1, op, "n_iter must be at least 1, got {}", n_iter)
 
 
-def _sampling_impl(
+def _check_mapping(op: str, tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, *_: Any) -> None:
+    check_layout(op, "tokens", tokens, _MAP)
+    check_layout(op, "affinity", affinity, "[B, H, W, 9]")
+    per_axis(op, "token_size", (token_height, token_width))
+    require(affinity.shape[-1] == 9, op, "affinity must be [B, H, W, 9], got {}", affinity.shape)
+    batch, height, width, _nine = affinity.shape
+    expected = (batch, (height + token_height - 1) // token_height, (width + token_width - 1) // token_width)
+    message = "an affinity of shape {} with token_size {} needs tokens of shape {}, got {}"
+    size = (token_height, token_width)
+    fits = tuple(tokens.shape[:3]) == expected
+    require(fits, op, message, affinity.shape, size, (*expected, "C"), tokens.shape)
+    check_agreement(op, {"tokens": tokens}, dtypes=False, affinity=affinity)
+
+
+def _sample(
     x: Tensor, token_height: int, token_width: int, n_iter: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_triton("super_token_sampling", backend, x):
+    if runs_triton(_SAMPLING, backend, x):
         from .kernels import sampling_triton
 
         return sampling_triton(x, token_height, token_width, n_iter, scale)
     return cpu.sampling(x, token_height, token_width, n_iter, scale)
 
 
-def _sampling_fake(
-    x: Tensor, token_height: int, token_width: int, n_iter: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, W, C = x.shape
-    hh, ww = (H + token_height - 1) // token_height, (W + token_width - 1) // token_width
-    mass = x.new_empty(B, hh, ww, 1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return x.new_empty(B, hh, ww, C), x.new_empty(B, H, W, 9), mass
-
-
-def _sampling_backward_impl(
+def _sample_backward(
     grad: Tensor, affinity: Tensor, mass: Tensor, token_height: int, token_width: int, backend: str
 ) -> Tensor:
-    if runs_triton("super_token_sampling", backend, grad):
+    if runs_triton(_SAMPLING, backend, grad):
         from .kernels import sampling_backward_triton
 
         return sampling_backward_triton(grad, affinity, mass, token_height, token_width)
     return cpu.sampling_backward(grad, affinity, mass, token_height, token_width)
 
 
-def _sampling_backward_fake(
-    grad: Tensor, affinity: Tensor, mass: Tensor, token_height: int, token_width: int, backend: str
-) -> Tensor:
-    return grad.new_empty(*affinity.shape[:3], grad.shape[-1])
+def _sample_fake(x: Tensor, token_height: int, token_width: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, W, C = x.shape
+    hh, ww = (H + token_height - 1) // token_height, (W + token_width - 1) // token_width
+    return x.new_empty(B, hh, ww, C), x.new_empty(B, H, W, 9), x.new_empty(B, hh, ww, 1, dtype=compute_dtype(x))
 
 
-def _sampling_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, ctx.token_height, ctx.token_width, _, _, ctx.backend = inputs
-    _, affinity, mass = output
-    ctx.mark_non_differentiable(affinity, mass)
-    ctx.save_for_backward(affinity, mass)
-
-
-def _sampling_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    dx = _sampling_backward(grad, *ctx.saved_tensors, ctx.token_height, ctx.token_width, ctx.backend)
-    return dx, None, None, None, None, None
-
-
-def _mapping_impl(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, backend: str) -> Tensor:
-    if runs_triton("super_token_mapping", backend, tokens):
+def _spread(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, backend: str) -> Tensor:
+    if runs_triton(_MAPPING, backend, tokens):
         from .kernels import mapping_triton
 
         return mapping_triton(tokens, affinity, token_height, token_width)
     return cpu.mapping(tokens, affinity, token_height, token_width)
 
 
-def _mapping_fake(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, backend: str) -> Tensor:
-    return tokens.new_empty(*affinity.shape[:3], tokens.shape[-1])
-
-
-def _mapping_backward_impl(
-    grad: Tensor,
-    tokens: Tensor,
-    affinity: Tensor,
-    token_height: int,
-    token_width: int,
-    need_affinity: bool,
+def _spread_backward(
+    grad: Tensor, tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, need_affinity: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton("super_token_mapping", backend, grad):
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if runs_triton(_MAPPING, backend, grad):
         from .kernels import mapping_backward_triton
 
         return mapping_backward_triton(grad, tokens, affinity, token_height, token_width, need_affinity)
     return cpu.mapping_backward(grad, tokens, affinity, token_height, token_width, need_affinity)
 
 
-def _mapping_backward_fake(
-    grad: Tensor,
-    tokens: Tensor,
-    affinity: Tensor,
-    token_height: int,
-    token_width: int,
-    need_affinity: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape), affinity.new_empty(affinity.shape if need_affinity else (0,))
-
-
-def _mapping_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, affinity, ctx.token_height, ctx.token_width, ctx.backend = inputs
-    ctx.save_for_backward(tokens, affinity)
-
-
-def _mapping_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    need_affinity = ctx.needs_input_grad[1]
-    dtokens, daffinity = _mapping_backward(
-        grad, *ctx.saved_tensors, ctx.token_height, ctx.token_width, need_affinity, ctx.backend
-    )
-    return dtokens, daffinity if need_affinity else None, None, None, None
-
-
-_sampling = register_op(
-    "super_token_sampling(Tensor x, int token_height, int token_width, int n_iter, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _sampling_impl,
-    _sampling_fake,
-    setup_context=_sampling_context,
-    backward=_sampling_gradient,
-)
-_sampling_backward = register_op(
-    "super_token_sampling_backward(Tensor grad, Tensor affinity, Tensor mass, int token_height, int token_width,"
-    " str backend) -> Tensor",
-    _sampling_backward_impl,
-    _sampling_backward_fake,
-    autocast=False,
-)
-_mapping = register_op(
-    "super_token_mapping(Tensor tokens, Tensor affinity, int token_height, int token_width, str backend) -> Tensor",
-    _mapping_impl,
-    _mapping_fake,
-    setup_context=_mapping_context,
-    backward=_mapping_gradient,
-)
-_mapping_backward = register_op(
-    "super_token_mapping_backward(Tensor grad, Tensor tokens, Tensor affinity, int token_height, int token_width,"
-    " bool need_affinity, str backend) -> (Tensor, Tensor)",
-    _mapping_backward_impl,
-    _mapping_backward_fake,
-    autocast=False,
-)
+register_pair(
+    _SAMPLING, _sample, _sample_backward, _sample_fake,
+    outputs=("tokens", "affinity", "mass"),
+    backward_fake=lambda grad, affinity, *_: grad.new_empty(*affinity.shape[:3], grad.shape[-1]),
+    flops=lambda x, n_iter: 36 * math.prod(x) * n_iter,
+    backward_flops=lambda grad, affinity: 2 * math.prod(affinity) * grad[-1],
+    check=_check_sampling,
+)  # fmt: skip
+register_pair(
+    _MAPPING, _spread, _spread_backward,
+    lambda tokens, affinity, *_: tokens.new_empty(*affinity.shape[:3], tokens.shape[-1]),
+    outputs=("out",),
+    flops=lambda tokens, affinity: 2 * math.prod(affinity) * tokens[-1],
+    backward_flops=2,
+    check=_check_mapping,
+)  # fmt: skip

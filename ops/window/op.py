@@ -1,17 +1,30 @@
 """Window attention: the public functions, their checks, and registration with torch.library."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.ops._dispatch import register_op, require, resolve_backend, resolve_scale, runs_triton, without_triton
+from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
+from zoo.ops._checks import (
+    check_agreement,
+    check_layout,
+    check_table,
+    compute_dtype,
+    per_axis,
+    require,
+    resolve_scale,
+    unpack,
+)
+from zoo.ops._register import empty, pair_flops, register_qkv
 
 from . import cpu, reference
 
 __all__ = ["window_attention", "window_attention_qkvpacked"]
 
 _NAME = "window_attention"
+_PACKED = "window_attention_qkvpacked"
 
 
 def window_attention(
@@ -51,18 +64,14 @@ def window_attention(
         ValueError: an argument does not fit; the message names it and its value.
         RuntimeError: the backend that was named cannot run this call.
     """
-    name = "window_attention"
-    require(q.ndim == 5, f"{name}: q must be [B, H, W, heads, dim], got shape {tuple(q.shape)}")
-    for label, x in (("k", k), ("v", v)):
-        require(x.shape == q.shape, f"{name}: {label} must have q's shape {tuple(q.shape)}, got {tuple(x.shape)}")
-        require(x.dtype == q.dtype, f"{name}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
-        require(x.device == q.device, f"{name}: {label} must be on q's device {q.device}, got {x.device}")
-    window, offset, factor = _checked(name, q, q.shape[3], window_size, shift, grid, bias, scale)
-    path = resolve_backend(name, backend, q, without_triton(q))
+    sizes = _sizes(_NAME, window_size, shift)
+    factor = resolve_scale(scale, q.shape[-1])
+    _check(_NAME, q, k, v, bias, *sizes, grid)
+    path = resolve_backend(_NAME, backend, q, without_triton(q))
     if path == "reference":
-        return reference.window_attention(q, k, v, bias, window, offset, grid, factor)
+        return run_reference(reference.window_attention, q, k, v, bias, sizes[:2], sizes[2:], grid, factor)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return torch.ops.zoo.window_attention(q, k, v, bias, *window, *offset, grid, factor, path)[0]
+    return torch.ops.zoo.window_attention(q, k, v, bias, *sizes, grid, factor, path)[0]
 
 
 def window_attention_qkvpacked(
@@ -79,199 +88,69 @@ def window_attention_qkvpacked(
 
     All other arguments, the result [B, H, W, heads, dim] and the errors are those of `window_attention`.
     """
-    name = "window_attention_qkvpacked"
-    require(
-        qkv.ndim == 6 and qkv.shape[3] == 3,
-        f"{name}: qkv must be [B, H, W, 3, heads, dim], got shape {tuple(qkv.shape)}",
-    )
-    window, offset, factor = _checked(name, qkv, qkv.shape[4], window_size, shift, grid, bias, scale)
-    path = resolve_backend(name, backend, qkv, without_triton(qkv))
+    q, k, v = unpack(_PACKED, qkv, "[B, H, W, 3, heads, dim]")
+    sizes = _sizes(_PACKED, window_size, shift)
+    factor = resolve_scale(scale, qkv.shape[-1])
+    _check(_PACKED, q, k, v, bias, *sizes, grid)
+    path = resolve_backend(_PACKED, backend, qkv, without_triton(qkv))
     if path == "reference":
-        q, k, v = qkv.unbind(3)
-        return reference.window_attention(q, k, v, bias, window, offset, grid, factor)
+        return run_reference(reference.window_attention, q, k, v, bias, sizes[:2], sizes[2:], grid, factor)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return torch.ops.zoo.window_attention_qkvpacked(qkv, bias, *window, *offset, grid, factor, path)[0]
+    return torch.ops.zoo.window_attention_qkvpacked(qkv, bias, *sizes, grid, factor, path)[0]
 
 
-def _checked(
-    name: str,
-    x: Tensor,
-    heads: int,
-    window_size: int | Sequence[int],
-    shift: int | Sequence[int],
-    grid: bool,
-    bias: Tensor | None,
-    scale: float | None,
-) -> tuple[tuple[int, int], tuple[int, int], float]:
-    """The window, the shift and the scale in full, after the checks that both functions share."""
-    require(x.is_floating_point(), f"{name}: the tensors must be floating point, got {x.dtype}")
-    require(min(x.shape[1:]) > 0, f"{name}: only the batch may be empty, got shape {tuple(x.shape)}")
-    window = _pair(name, "window_size", window_size)
-    offset = _pair(name, "shift", shift)
-    # messages are made where they are needed: torch 2.11 cannot trace one of a dynamic size
-    if min(window) <= 0:
-        raise ValueError(f"{name}: window_size must be positive, got {window_size}")
-    if any(s < 0 or s >= w for s, w in zip(offset, window, strict=True)):
-        raise ValueError(f"{name}: shift must be at least 0 and below window_size {window}, got {shift}")
-    if grid and any(offset):
-        raise ValueError(f"{name}: shift must be 0 when grid is True, got {shift}")
-    if bias is not None:
-        shape = (heads, 2 * window[0] - 1, 2 * window[1] - 1)
-        if tuple(bias.shape) != shape:
-            raise ValueError(
-                f"{name}: bias must be [heads, 2 * window_height - 1, 2 * window_width - 1] = {shape}, "
-                f"got {tuple(bias.shape)}"
-            )
-        require(bias.is_floating_point(), f"{name}: bias must be floating point, got {bias.dtype}")
-        require(bias.device == x.device, f"{name}: bias must be on the device {x.device}, got {bias.device}")
-    return window, offset, resolve_scale(scale, x.shape[-1])
+def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, ...]:
+    return *per_axis(op, "window_size", window_size), *per_axis(op, "shift", shift, least=0)
 
 
-def _pair(name: str, argument: str, value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    require(
-        len(value) == 2 and all(isinstance(x, int) for x in value),
-        f"{name}: {argument} must be one number or (height, width), got {value}",
-    )
-    return value[0], value[1]
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, *_: Any,
+) -> None:  # fmt: skip
+    window, shift = (window_h, window_w), (shift_h, shift_w)
+    check_layout(op, "q", q, "[B, H, W, heads, dim]")
+    for name, x in (("k", k), ("v", v)):
+        require(x.shape == q.shape, op, "{} must have q's shape {}, got {}", name, q.shape, x.shape)
+    check_agreement(op, {"q": q}, k=k, v=v)
+    check_agreement(op, {"q": q}, dtypes=False, bias=bias)
+    require(shift_h < window_h and shift_w < window_w, op, "shift must be below window_size {}, got {}", window, shift)
+    require(not (grid and any(shift)), op, "shift must be 0 when grid is True, got {}", shift)
+    shape = (q.shape[3], 2 * window_h - 1, 2 * window_w - 1)
+    check_table(op, "bias", bias, "[heads, 2 * window_height - 1, 2 * window_width - 1]", shape)
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    wh: int,
-    ww: int,
-    sh: int,
-    sw: int,
-    grid: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sizes = (window_h, window_w), (shift_h, shift_w)
     if runs_triton(_NAME, backend, q):
         from .kernels import window_attention_triton
 
-        return window_attention_triton(q, k, v, bias, (wh, ww), (sh, sw), grid, scale)
-    return cpu.forward(q, k, v, bias, (wh, ww), (sh, sw), grid, scale)
+        return window_attention_triton(q, k, v, bias, *sizes, grid, scale)
+    return cpu.forward(q, k, v, bias, *sizes, grid, scale)
 
 
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    wh: int,
-    ww: int,
-    sh: int,
-    sw: int,
-    grid: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = (_empty(q), _empty(q), _empty(q))
-    options = ((wh, ww), (sh, sw), grid, scale, grads)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, backend: str,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> Tensor | None:  # fmt: skip
+    options = (window_h, window_w), (shift_h, shift_w), grid, scale, into
     if runs_triton(_NAME, backend, q):
         from .kernels import window_attention_backward_triton
 
-        dbias = window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
-    else:
-        dbias = cpu.backward(grad, q, k, v, bias, out, lse, *options)
-    return *grads, q.new_empty(0) if dbias is None else dbias
+        return window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
+    return cpu.backward(grad, q, k, v, bias, out, lse, *options)
 
 
-def _forward_packed(
-    qkv: Tensor, bias: Tensor | None, wh: int, ww: int, sh: int, sw: int, grid: bool, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(3)
-    return _forward(q, k, v, bias, wh, ww, sh, sw, grid, scale, backend)
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty(q), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
 
 
-def _backward_packed(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    wh: int,
-    ww: int,
-    sh: int,
-    sw: int,
-    grid: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dqkv = _empty(qkv)
-    dq, dk, dv = dqkv.unbind(3)
-    q, k, v = qkv.unbind(3)
-    options = ((wh, ww), (sh, sw), grid, scale, (dq, dk, dv))
-    if runs_triton(_NAME, backend, qkv):
-        from .kernels import window_attention_backward_triton
-
-        dbias = window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
-    else:
-        dbias = cpu.backward(grad, q, k, v, bias, out, lse, *options)
-    return dqkv, qkv.new_empty(0) if dbias is None else dbias
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _lse(q: Tensor) -> Tensor:
-    return torch.empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-
-
-def _bias_grad(q: Tensor, bias: Tensor | None) -> Tensor:
-    return q.new_empty(0) if bias is None else _empty(bias)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    tensors = 4 if len(inputs) == 11 else 2
-    ctx.tensors = tensors
-    ctx.options = inputs[tensors:]
-    ctx.save_for_backward(*inputs[:tensors], *output)
-
-
-def _autograd(ctx, grad: Tensor, grad_lse: Tensor):
-    saved = ctx.saved_tensors
-    name = "window_attention_backward" if ctx.tensors == 4 else "window_attention_qkvpacked_backward"
-    *grads, dbias = getattr(torch.ops.zoo, name)(grad, *saved, *ctx.options)
-    bias = saved[ctx.tensors - 1]
-    return (*grads, None if bias is None else dbias, *(None for _ in ctx.options))
-
-
-_OPTIONS = "int window_h, int window_w, int shift_h, int shift_w, bool grid, float scale, str backend"
-
-register_op(
-    f"window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
-    _forward,
-    lambda q, k, v, bias, *options: (_empty(q), _lse(q)),
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-register_op(
-    "window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad, q, k, v, bias, *options: (_empty(q), _empty(q), _empty(q), _bias_grad(q, bias)),
-    autocast=False,
-)
-register_op(
-    f"window_attention_qkvpacked(Tensor qkv, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
-    _forward_packed,
-    lambda qkv, bias, *options: (_empty(qkv.select(3, 0)), _lse(qkv.select(3, 0))),
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-register_op(
-    "window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
-    _backward_packed,
-    lambda grad, qkv, bias, *options: (_empty(qkv), _bias_grad(qkv, bias)),
-    autocast=False,
-)
+register_qkv(
+    _NAME, _forward, _backward, _fake,
+    flops=lambda q, v, window_h, window_w: pair_flops(q, window_h * window_w, v[-1]),
+    per_head=("bias",),
+    check=_check,
+)  # fmt: skip

@@ -318,8 +318,11 @@ GOOD = (1, 4, 4, 2, 4, 4, 4, 1, 1)
         ({"v": torch.zeros(1, 4, 5, 2, 4)}, r"v has .*\(1, 4, 5, 2\), k has \(1, 4, 4, 2\)"),
         ({"q": torch.zeros(2, 4, 4, 2, 4)}, "q has batch 2, k has 1"),
         ({"q": torch.zeros(1, 3, 4, 2, 4)}, r"q has the map \(3, 4\), k has \(4, 4\).*divides block_size 4"),
-        ({"q": torch.zeros(1, 4, 4, 2, 4, dtype=torch.long)}, "q must be floating point, got torch.int64"),
-        ({"v": torch.zeros(1, 4, 4, 2, 0)}, "v must have sizes of at least 1"),
+        (
+            {"q": torch.zeros(1, 4, 4, 2, 4, dtype=torch.long)},
+            "q must be float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        ({"v": torch.zeros(1, 4, 4, 2, 0)}, r"v: only the batch may be empty, got shape \(1, 4, 4, 2, 0\)"),
         ({"k": torch.zeros(1, 4, 4, 2, 4).double()}, "k has dtype torch.float64, q has torch.float32"),
         ({"block_size": 0}, "block_size must be an int >= 1, got 0"),
         ({"halo_size": -1}, "halo_size must be an int >= 0, got -1"),

@@ -194,8 +194,12 @@ def test_same_bits_twice() -> None:
     ("index", "value", "message"),
     [
         (0, torch.zeros(2, 3, 9), r"x must be \[B, C, H, W\], got shape \(2, 3, 9\)"),
-        (0, torch.zeros(2, 3, 9, 13, dtype=torch.int32), "x must be floating point, got torch.int32"),
-        (0, torch.zeros(2, 3, 0, 13), "x must have C, H and W of at least 1"),
+        (
+            0,
+            torch.zeros(2, 3, 9, 13, dtype=torch.int32),
+            "x must be float16, bfloat16, float32 or float64, got torch.int32",
+        ),
+        (0, torch.zeros(2, 3, 0, 13), r"x: only the batch may be empty, got shape \(2, 3, 0, 13\)"),
         (1, torch.zeros(3, 1, 4, 4), r"conv0_weight must be \[3, 1, odd, odd\] .* got \(3, 1, 4, 4\)"),
         (3, torch.zeros(2, 1, 7, 7), r"conv_spatial_weight must be \[3, 1, odd, odd\] .* got \(2, 1, 7, 7\)"),
         (5, torch.zeros(3, 3), r"conv1_weight must be \[3, 3, 1, 1\], got \(3, 3\)"),

@@ -590,10 +590,10 @@ def call(**change: Any) -> Any:
         ({"k": torch.randn(3, 14, 14, 2, 4)}, "q and k must agree in batch"),
         ({"k": torch.randn(2, 7, 7, 2, 4)}, "same size unless index is given"),
         ({"v": torch.randn(2, 14, 13, 2, 4)}, "v must agree with k"),
-        ({"k": torch.randn(2, 14, 14, 2, 4).double()}, "k is torch.float64 on cpu, q is torch.float32"),
-        ({"v": torch.randn(2, 14, 14, 2, 4).half()}, "v is torch.float16"),
+        ({"k": torch.randn(2, 14, 14, 2, 4).double()}, "k has dtype torch.float64, q has torch.float32"),
+        ({"v": torch.randn(2, 14, 14, 2, 4).half()}, "v has dtype torch.float16, q has torch.float32"),
         ({"regions": 5}, "regions 5 x 5 do not divide the map 14 x 14"),
-        ({"regions": (7, 0)}, r"regions must be positive, got \(7, 0\)"),
+        ({"regions": (7, 0)}, r"regions must be an int of at least 1 or 2 of them, got \(7, 0\)"),
         ({"topk": 0}, r"topk must be in 1..49.*got 0"),
         ({"topk": 50}, "got 50"),
         ({"padding": "mask"}, "padding must be 'none' or 'zero', got 'mask'"),
@@ -609,7 +609,7 @@ def test_value_errors(change: dict[str, Any], message: str) -> None:
 
 def test_integer_tensors_are_refused() -> None:
     x = torch.ones(2, 14, 14, 2, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="q has dtype torch.int64"):
+    with pytest.raises(ValueError, match="q must be float16, bfloat16, float32 or float64, got torch.int64"):
         routing_attention(x, x, x, 7, 4)
 
 
