@@ -35,6 +35,7 @@ from .coco_data import CocoFiles, open_coco
 from .config import DetectConfig, validate_detect
 from .loops import unreadable_images
 from .mmdet_config import PlainConfig, compose_mmdet
+from .recipes import RECIPES, describe, register_recipes
 from .run_hook import RunFolderHook, plain_model, versions
 
 __all__ = ["build_runner", "detect_config", "main"]
@@ -79,6 +80,7 @@ def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> 
     Raises:
         UserError: a key, a value or a choice is wrong; the message is one line.
     """
+    register_recipes()
     free = tuple(f"{key}{end}" for key in _FREE for end in (".", "="))
     prepared = [f"++{o}" if o.startswith(free) else o for o in overrides if not o.startswith("hydra.searchpath=")]
     paths = [_OWN_CONFIGS]
@@ -362,6 +364,9 @@ def _detect(arguments: Any) -> None:
     else:
         config = detect_config(overrides, search_path)
     if arguments.show:
+        recipe = RECIPES.get(_value(overrides, "experiment") or "") if run is None else None
+        if recipe is not None:
+            print(describe(recipe, detect_config([f"experiment={recipe.name}"]), config))
         print(OmegaConf.to_yaml(config), end="")
         return
     cfg = _settings(config)
@@ -375,9 +380,8 @@ def _help() -> str:
     groups = []
     for name in _GROUPS:
         root = "zoo.configs.detection" if name in _OWN_GROUPS else "zoo.configs"
-        names = [p.name.removesuffix(".yaml") for p in (files(root) / name).iterdir() if p.name.endswith(".yaml")]
-        if name == "experiment":
-            names = [n for n in names if n.startswith("coco_")]
+        found = [p.name.removesuffix(".yaml") for p in (files(root) / name).iterdir() if p.name.endswith(".yaml")]
+        names = list(RECIPES) if name == "experiment" else found
         groups.append(f"  {name:<11} {', '.join(sorted(names))}")
     return (
         "usage: zoo detect [--config-dir DIR] [--cfg job] [key=value ...]\n\n"
