@@ -148,9 +148,7 @@ def _resumed_config(run: Run, overrides: Sequence[str], search_path: Sequence[st
             config = _update(config, key, value, TrainConfig)
             continue
         if key == "logger":
-            config = _update(
-                config, key, compose_config("config", [f"logger={value}"], search_path).logger, TrainConfig
-            )
+            config = _update(config, key, compose_config("train", [f"logger={value}"], search_path).logger, TrainConfig)
             continue
         current = None
         with suppress(OmegaConfBaseException):
@@ -240,10 +238,10 @@ def _sweep(overrides: Sequence[str], search_path: Sequence[str]) -> None:
         if override.is_sweep_override():
             if override.is_choice_sweep() or override.is_range_sweep():
                 for value in override.sweep_string_iterator():
-                    compose_config("config", [f"{str(override.input_line).split('=', 1)[0]}={value}"], search_path)
+                    compose_config("train", [f"{str(override.input_line).split('=', 1)[0]}={value}"], search_path)
         elif not override.key_or_group.startswith("hydra"):
             fixed.append(text)
-    compose_config("config", fixed, search_path)
+    compose_config("train", fixed, search_path)
 
     def task(config: DictConfig) -> float:
         OmegaConf.set_struct(config, False)
@@ -257,8 +255,8 @@ def _sweep(overrides: Sequence[str], search_path: Sequence[str]) -> None:
     )
     hydra = Hydra.create_main_hydra2(task_name="zoo", config_search_path=search)
     try:
-        _check_sweeper(hydra.config_loader.load_configuration("config", list(prepared), RunMode.MULTIRUN).hydra)
-        hydra.multirun(config_name="config", task_function=task, overrides=list(prepared), with_log_configuration=False)
+        _check_sweeper(hydra.config_loader.load_configuration("train", list(prepared), RunMode.MULTIRUN).hydra)
+        hydra.multirun(config_name="train", task_function=task, overrides=list(prepared), with_log_configuration=False)
     except HydraException as error:
         raise UserError(f"sweep: {str(error).splitlines()[0]}; `zoo train --help` lists keys and choices") from error
     finally:
@@ -276,7 +274,7 @@ def _train(arguments: _Arguments) -> None:
     if run is not None:
         config = _resumed_config(run, arguments.overrides, arguments.search_path)
     else:
-        config = compose_config("config", arguments.overrides, arguments.search_path)
+        config = compose_config("train", arguments.overrides, arguments.search_path)
     if arguments.show:
         print(OmegaConf.to_yaml(config), end="")
         return
@@ -315,7 +313,7 @@ def _eval(arguments: _Arguments) -> None:
     evaluate_command(_eval_config(arguments))
 
 
-COMMANDS: dict[str, tuple[Callable[[_Arguments], None], str]] = {"train": (_train, "config"), "eval": (_eval, "eval")}
+COMMANDS: dict[str, tuple[Callable[[_Arguments], None], str]] = {"train": (_train, "train"), "eval": (_eval, "eval")}
 
 
 def main(command: str, argv: Sequence[str]) -> int:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)
-SCHEMAS: dict[str, type[Any]] = {"config": TrainConfig, "eval": EvalConfig}
+SCHEMAS: dict[str, type[Any]] = {"train": TrainConfig, "eval": EvalConfig}
 # Sections whose keys are free: an override sets them without Hydra's `+`.
 _FREE = ("model.kwargs", "optim.kwargs")
 
@@ -141,6 +141,8 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
         return ""
     if not group:
         return f"no configuration {error.missing_cfg_file!r}; {str(error).splitlines()[0]}"
+    if group == "experiment" and name.startswith("coco_") and not any(o.startswith("coco_") for o in options):
+        return f"unknown choice experiment={name}; coco_ are the recipes of `zoo detect`, here are {', '.join(options)}"
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? there " if near else "there "
     return f"unknown choice {group}={name}; {hint}are {', '.join(options)}"

@@ -76,6 +76,7 @@ def fails(capsys: pytest.CaptureFixture[str], command: str, *argv: str) -> str:
         ("augment.auto_augment=rnd-m9", ("rnd-m9", "rand-m9")),
         ("augment=digit", ("augment=digit", "digits")),
         ("experiment=nat_huge", ("nat_huge", "nat_base")),
+        ("experiment=coco_mask_rcnn_nat_mini_3x", ("coco_mask_rcnn_nat_mini_3x", "zoo detect")),
         ("optim.kwargs.betaz=[1,2]", ("adamw", "betaz", "optim.kwargs")),
         ("device=tpu", ("'tpu'", "cuda")),
         ("resume=/no/such", ("/no/such", "zoo train")),
@@ -197,24 +198,24 @@ def test_internal_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_any_model_name_is_a_choice() -> None:
     for name in ("test_vit", "resnet18.a1_in1k", "nat_tiny"):
-        assert compose_config("config", [f"model={name}"]).model.name == name
-    assert compose_config("config", ["model=nat_digits"]).model.kwargs.depths == [1, 2, 2]
+        assert compose_config("train", [f"model={name}"]).model.name == name
+    assert compose_config("train", ["model=nat_digits"]).model.kwargs.depths == [1, 2, 2]
 
 
 def test_free_sections_take_new_keys() -> None:
-    config = compose_config("config", ["model.kwargs.dilations=[1,2]", "optim.kwargs={betas: [0.9, 0.95]}"])
+    config = compose_config("train", ["model.kwargs.dilations=[1,2]", "optim.kwargs={betas: [0.9, 0.95]}"])
     assert config.model.kwargs.dilations == [1, 2]
     assert config.optim.kwargs.betas == [0.9, 0.95]
 
 
 def test_data_choose_their_augmentation(tmp_path: Path) -> None:
-    assert compose_config("config", []).augment.hflip == 0
-    assert compose_config("config", ["data=imagenet", "data.root=x"]).augment.mixup == 0.8
-    assert compose_config("config", ["data=imagenet", "augment=none"]).augment.enabled is False
+    assert compose_config("train", []).augment.hflip == 0
+    assert compose_config("train", ["data=imagenet", "data.root=x"]).augment.mixup == 0.8
+    assert compose_config("train", ["data=imagenet", "augment=none"]).augment.enabled is False
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "mine.yaml").write_text("name: imagefolder\nroot: somewhere\n")
-    mine = compose_config("config", ["data=mine"], [str(tmp_path)])
+    mine = compose_config("train", ["data=mine"], [str(tmp_path)])
     assert mine.data.root == "somewhere"
     assert mine.augment.hflip == 0.5
 
@@ -223,7 +224,7 @@ def test_hydra_searchpath(tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: test_vit\nepochs: 7\n")
-    config = compose_config("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    config = compose_config("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
     assert config.epochs == 7
     assert config.model.name == "test_vit"
 
@@ -243,11 +244,40 @@ CHOICES = {
 def test_every_configuration_composes(group: str, name: str) -> None:
     assert (ROOT / "configs" / group / f"{name}.yaml").is_file()
     extra = {"timm": ["data.name=hfds/x"], "default": ["model.name=nat_mini"]}.get(name, [])
-    from_container(compose_config("config", [f"{group}={name}", *extra]), TrainConfig)
+    from_container(compose_config("train", [f"{group}={name}", *extra]), TrainConfig)
+
+
+@pytest.mark.parametrize("model", ["nat_mini", "nat_tiny", "nat_small", "nat_base"])
+def test_model_of_a_shared_recipe_is_a_choice(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["optim.lr=3e-4", "model.kwargs.kernel_size=5"], ["data=digits"], ["model=van_b0"]):
+        whole = compose_config("train", ["experiment=nat_imagenet", f"model={model}", *extra])
+        assert compose_config("train", [f"experiment={model}", *extra]) == whole
+    assert compose_config("train", [f"experiment={model}"]).model.name == model
+    assert main("train", ["--help"]) == 0
+    listed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  experiment "))
+    assert model in listed.split(maxsplit=1)[1].split(", ")
+
+
+def test_recipes_of_one_paper_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--multirun", "experiment=nat_mini,nat_tiny", "data=digits", "augment=none", "amp=none", "max_steps=1"]
+    small = ["model.kwargs.depths=[1,1,1]", "model.kwargs.embed_dim=16", "model.kwargs.num_heads=[2,4,8]"]
+    small += ["model.kwargs.kernel_size=3", "augment.interpolation=bilinear", f"run_root={tmp_path}"]
+    assert main("train", [*argv, *small]) == 0
+    capsys.readouterr()
+    runs = sorted(tmp_path.glob("sweep-*/*/summary.json"))
+    assert [training.summary(r.parent)["model"] for r in runs] == ["nat_mini", "nat_tiny"]
+    assert "nat_tiny" in fails(capsys, "train", "--multirun", "experiment=nat_mini,nat_tinny", f"run_root={tmp_path}")
+
+
+def test_images_of_timm_are_augmented_as_folders_are() -> None:
+    folder = compose_config("train", ["augment=imagefolder"]).augment
+    assert (folder.scale, folder.hflip, folder.color_jitter) == ([0.2, 1.0], 0.5, 0.4)
+    assert compose_config("train", ["augment=timm"]).augment == folder
+    assert compose_config("train", ["data=timm", "data.name=hfds/x"]).augment == folder
 
 
 def test_nat_recipe_is_the_published_one() -> None:
-    config = compose_config("config", ["experiment=nat_small", "data.root=x"])
+    config = compose_config("train", ["experiment=nat_small", "data.root=x"])
     assert config.model.name == "nat_small"
     assert (config.epochs, config.schedule.cooldown_epochs, config.schedule.warmup_epochs) == (300, 10, 20)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (1e-3, 0.05, 5.0)

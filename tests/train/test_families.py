@@ -49,7 +49,7 @@ class _Calls(TorchDispatchMode):
 
 
 def composed(config: str) -> TrainConfig:
-    return from_container(compose_config("config", [f"model={config}"]), TrainConfig)
+    return from_container(compose_config("train", [f"model={config}"]), TrainConfig)
 
 
 def family(model: str) -> str:
@@ -124,13 +124,13 @@ def test_imagenet_recipe(recipe: str) -> None:
     head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert "arXiv:" in head
     assert "torchrun --nproc-per-node=8 -m zoo.train experiment=" in head
-    config = from_container(compose_config("config", [f"experiment={recipe}", "data.root=x"]), TrainConfig)
+    config = from_container(compose_config("train", [f"experiment={recipe}", "data.root=x"]), TrainConfig)
     assert config.epochs == 300
     assert 8 * config.batch_size * config.grad_accum in (1024, 4096)
     assert build_model(ModelConfig(config.model.name, kwargs={"device": "meta"}), num_classes=1000) is not None
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "nat_imagenet"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_imagenet_commands_compose(recipe: str) -> None:
     """The commands at the head of the file are ones that run, and their model is of the recipe's family."""
     text = (ROOT / f"configs/experiment/{recipe}.yaml").read_text().replace("\\\n#", "")
@@ -142,6 +142,6 @@ def test_imagenet_commands_compose(recipe: str) -> None:
     for command in commands:
         overrides = command.replace("IMAGENET", "x").split()
         assert overrides[0] == f"experiment={recipe}"
-        config = from_container(compose_config("config", overrides), TrainConfig)
+        config = from_container(compose_config("train", overrides), TrainConfig)
         name = recipe.removesuffix("_imagenet")
         assert family(config.model.name) == {"dinat": "nat"}.get(name, name)
