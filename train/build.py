@@ -13,12 +13,7 @@ from zoo.errors import UserError
 from zoo.registry import require_model
 from zoo.train.config import ModelConfig
 
-__all__ = ["build_model", "first_line", "load_weights"]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+__all__ = ["build_model", "load_weights"]
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from timm.models import save_for_hf
 
 from zoo._version import __version__
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.registry import nearest_names, require_model
 from zoo.runs import Run, load_run, select_weights
 
@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
         merged = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_dotlist(list(argv)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"zoo export: {str(error).splitlines()[0]}") from error
+        raise UserError(f"zoo export: {first_line(error)}") from error
     assert isinstance(config, ExportConfig)
     if config.format not in FORMATS:
         raise UserError(f"format={config.format!r} is not known; the formats are {', '.join(FORMATS)}")
