@@ -1,5 +1,8 @@
 """The backbone families. Importing this package registers every variant with timm."""
 
+if __name__ == "models":  # from a checkout's root, where every model would be registered a second time
+    raise ImportError("`models` is a folder of the package zoo; import zoo.models", name=__name__)
+
 from . import biformer as biformer
 from . import davit as davit
 from . import dinat_s as dinat_s

@@ -4,6 +4,9 @@ Layouts are channels-last with the heads apart, `[B, H, W, heads, dim]`, except 
 `backend=None` chooses the path: Triton on a GPU, the fast CPU path on a CPU, the plain-PyTorch reference elsewhere.
 """
 
+if __name__ == "ops":  # from a checkout's root, where every op would be registered a second time
+    raise ImportError("`ops` is a folder of the package zoo; import zoo.ops", name=__name__)
+
 from zoo.ops._backend import resolve_backend, without_triton
 from zoo.ops.channel import channel_attention, channel_attention_qkvpacked
 from zoo.ops.halo import halo_attention

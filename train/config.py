@@ -359,5 +359,5 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
     _check_augment(cfg)
 
 
-TRAIN: Schema[TrainConfig] = Schema("config", TrainConfig, validate)
+TRAIN: Schema[TrainConfig] = Schema("train", TrainConfig, validate)
 EVAL: Schema[EvalConfig] = Schema("eval", EvalConfig, validate)

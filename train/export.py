@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from timm.models import save_for_hf
 
 from zoo._version import __version__
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.registry import nearest_names
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
@@ -86,7 +86,7 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
         merged = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_dotlist(others))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"zoo export: {str(error).splitlines()[0]}") from error
+        raise UserError(f"zoo export: {first_line(error)}") from error
     assert isinstance(config, ExportConfig)
     for key, value in paths.items():
         setattr(config, key, value)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.train.config import LoggerConfig
 from zoo.train.runs import write_atomic
 
@@ -69,7 +69,7 @@ class _Wandb:
             )
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             raise UserError(
-                f"Weights & Biases refused ({str(error).splitlines()[0]}); `wandb login`, or logger.wandb.mode=offline"
+                f"Weights & Biases refused ({first_line(error)}); `wandb login`, or logger.wandb.mode=offline"
             ) from error
 
     def log(self, figures: Mapping[str, float], step: int) -> None:

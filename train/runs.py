@@ -21,7 +21,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.train.state import World, join_world
 from zoo.train.stop import Interrupted
 
@@ -174,7 +174,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CorruptCheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise CorruptCheckpointError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
 def newest_intact(run_folder: str | Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -260,7 +260,7 @@ def load_run(run_folder: str | Path) -> Run:
             f"{path} is not a run folder: it has no config.yaml; give a folder that `zoo train` wrote"
         ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not readable YAML ({str(error).splitlines()[0]}); restore it") from error
+        raise UserError(f"{file} is not readable YAML ({first_line(error)}); restore it") from error
     if not isinstance(config, dict) or "model" not in config:
         raise UserError(f"{file} is not the configuration of a training run; give a folder that `zoo train` wrote")
     return Run(path, config)

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.train.compose import compose_config, prepare
 from zoo.train.config import Schema
 from zoo.train.stop import Interrupted
@@ -163,7 +163,7 @@ def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig],
         _check_sweeper(composed.hydra)
         hydra.multirun(schema.name, task_function=task, overrides=list(prepared), with_log_configuration=False)
     except HydraException as error:
-        raise UserError(f"sweep: {str(error).splitlines()[0]}; `zoo train --help` lists keys and choices") from error
+        raise UserError(f"sweep: {first_line(error)}; `zoo train --help` lists keys and choices") from error
     finally:
         GlobalHydra.instance().clear()
 

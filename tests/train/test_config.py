@@ -95,6 +95,7 @@ def fails(capsys: pytest.CaptureFixture[str], command: str, *argv: str) -> str:
         ("model.in_chans=5", ("model.in_chans=5", "other bands are not read")),
         ("augment=digit", ("augment=digit", "digits")),
         ("experiment=nat_huge", ("nat_huge", "nat_base")),
+        ("experiment=coco_mask_rcnn_nat_mini_3x", ("coco_mask_rcnn_nat_mini_3x", "zoo detect")),
         ("optim.kwargs.betaz=[1,2]", ("adamw", "betaz", "optim.kwargs")),
         ("device=tpu", ("'tpu'", "cuda")),
         ("resume=/no/such", ("/no/such", "zoo train")),
@@ -331,6 +332,35 @@ def test_every_configuration_composes(group: str, name: str) -> None:
     assert (ROOT / "configs" / group / f"{name}.yaml").is_file()
     extra = {"timm": ["data.name=hfds/x"], "default": ["model.name=nat_mini"]}.get(name, [])
     from_container(compose_config(TRAIN, [f"{group}={name}", *extra]), TRAIN)
+
+
+@pytest.mark.parametrize("model", ["nat_mini", "nat_tiny", "nat_small", "nat_base"])
+def test_model_of_a_shared_recipe_is_a_choice(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["optim.lr=3e-4", "model.kwargs.kernel_size=5"], ["data=digits"], ["model=van_b0"]):
+        whole = compose_config(TRAIN, ["experiment=nat_imagenet", f"model={model}", *extra])
+        assert compose_config(TRAIN, [f"experiment={model}", *extra]) == whole
+    assert compose_config(TRAIN, [f"experiment={model}"]).model.name == model
+    assert main("train", ["--help"]) == 0
+    listed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  experiment "))
+    assert model in listed.split(maxsplit=1)[1].split(", ")
+
+
+def test_recipes_of_one_paper_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--multirun", "experiment=nat_mini,nat_tiny", "data=digits", "augment=none", "amp=none", "max_steps=1"]
+    small = ["model.kwargs.depths=[1,1,1]", "model.kwargs.embed_dim=16", "model.kwargs.num_heads=[2,4,8]"]
+    small += ["model.kwargs.kernel_size=3", "augment.interpolation=bilinear", f"run_root={tmp_path}"]
+    assert main("train", [*argv, *small]) == 0
+    capsys.readouterr()
+    runs = sorted(tmp_path.glob("sweep-*/*/summary.json"))
+    assert [training.summary(r.parent)["model"] for r in runs] == ["nat_mini", "nat_tiny"]
+    assert "nat_tiny" in fails(capsys, "train", "--multirun", "experiment=nat_mini,nat_tinny", f"run_root={tmp_path}")
+
+
+def test_images_of_timm_are_augmented_as_folders_are() -> None:
+    folder = compose_config(TRAIN, ["augment=imagefolder"]).augment
+    assert (folder.scale, folder.hflip, folder.color_jitter) == ([0.2, 1.0], 0.5, 0.4)
+    assert compose_config(TRAIN, ["augment=timm"]).augment == folder
+    assert compose_config(TRAIN, ["data=timm", "data.name=hfds/x"]).augment == folder
 
 
 def test_nat_recipe_is_the_published_one() -> None:

@@ -1,20 +1,27 @@
-"""Every published COCO recipe composes, and builds the detector that was published."""
+"""Every published COCO recipe composes what it always did, and builds the detector that was published."""
 
+import difflib
+import hashlib
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 pytest.importorskip("mmdet")
 
 from zoo.train.compose import from_container
-from zoo.train.detection.app import build_only, detect_config
+from zoo.train.detection.app import build_only, detect_config, main
 from zoo.train.detection.coco_data import open_coco
-from zoo.train.detection.config import DETECT
+from zoo.train.detection.config import DETECT, DetectConfig
 from zoo.train.detection.mmdet_config import compose_mmdet
+from zoo.train.detection.recipes import RECIPES
 
-FOLDER = Path(__file__).parents[2] / "configs/experiment"
-NAMES = sorted(p.stem for p in FOLDER.glob("coco_*.yaml"))
+RECORDED = json.loads((Path(__file__).parents[1] / "goldens/coco_experiments.json").read_text())
+NAMES = list(RECORDED["recipes"])
 QUICK = [
     "coco_mask_rcnn_nat_mini_3x",
     "coco_cascade_mask_rcnn_dinat_mini_3x",
@@ -34,9 +41,73 @@ def build(name: str) -> None:
         assert built == pytest.approx(published, abs=max(1.0, 0.02 * published))
 
 
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    return dict(leaves(OmegaConf.to_container(detect_config(overrides))))
+
+
+def recorded(name: str) -> dict[str, Any]:
+    chosen = {key: RECORDED["distinct"][key][index] for key, index in RECORDED["recipes"][name].items()}
+    return RECORDED["common"] | chosen
+
+
 def test_there_is_a_recipe_for_every_published_result() -> None:
     assert len(NAMES) == 49
+    assert list(RECIPES) == sorted(NAMES)
     assert set(QUICK) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_composes_what_its_file_did(name: str) -> None:
+    """A key that the configuration has had only since then has its default."""
+    defaults = dict(leaves(OmegaConf.to_container(OmegaConf.structured(DetectConfig))))
+    found, expected = composed(f"experiment={name}"), recorded(name)
+    assert {k: v for k, v in found.items() if k in expected or v != defaults.get(k)} == expected
+    assert json.dumps([found[k] for k in expected]) == json.dumps(list(expected.values()))  # 1 is not 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["schedule.lr=3e-4", "batch_size=4"], {"schedule.lr": 3e-4, "batch_size": 4}),
+        (["model.kwargs.n_win=8"], {"model.kwargs.n_win": 8}),
+        (["notes.mine=3"], {"notes.mine": 3}),
+        (["detector=faster_rcnn"], {"detector.name": "faster_rcnn"}),
+        (["model.name=van_b0"], {"model.name": "van_b0"}),
+        (["schedule=3x"], {"schedule.epochs": 36, "schedule.milestones": [27, 33]}),
+        (["data.root=/data"], {"data.root": "/data"}),
+    ],
+)
+def test_overrides_win_over_the_recipe(overrides: list[str], changes: dict[str, Any]) -> None:
+    name = "coco_mask_rcnn_biformer_small_1x"
+    assert composed(f"experiment={name}", *overrides) == recorded(name) | changes
+    assert composed(*overrides, f"experiment={name}") == recorded(name) | changes
+
+
+def test_configuration_of_the_users_own_builds_on_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - coco_retinanet_litv2_s_1x\n  - _self_\nschedule:\n  lr: 0.5\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    mine = dict(leaves(OmegaConf.to_container(detect_config(["experiment=mine"], [str(tmp_path)]))))
+    assert mine == recorded("coco_retinanet_litv2_s_1x") | {"schedule.lr": 0.5}
+
+
+def test_recipes_are_listed_and_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  experiment "))
+    assert line.split(maxsplit=1)[1].split(", ") == NAMES
+    assert main(["experiment=coco_mask_rcnn_nat_tinny_3x"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert f"did you mean {', '.join(difflib.get_close_matches('coco_mask_rcnn_nat_tinny_3x', NAMES))}?" in error
+    assert all(name in error for name in NAMES)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -51,13 +122,27 @@ def test_every_recipe_builds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_head_of_the_file_says_what_it_is(name: str) -> None:
-    head = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
-    text = "\n".join(head)
-    assert f"zoo detect experiment={name} data.root=" in text
-    assert "box AP" in text
-    assert "Cost:" in text
-    assert "Source:" in text
+def test_head_says_what_the_recipe_is(name: str) -> None:
+    head = RECIPES[name].head
+    assert hashlib.sha256(head.encode()).hexdigest()[:16] == RECORDED["heads"][name]
+    assert all(line.startswith("# ") for line in head.splitlines())
+    assert f"zoo detect experiment={name} data.root=" in head
+    assert "box AP" in head
+    assert "Cost:" in head
+    assert "Source:" in head
+
+
+def test_cfg_job_prints_head_and_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "coco_retinanet_zoo_davit_base_3x"
+    assert main(["--cfg", "job", f"experiment={name}", "data.root=/data"]) == 0
+    text = capsys.readouterr().out
+    head = RECIPES[name].head
+    assert text == f"{head}\n{OmegaConf.to_yaml(detect_config([f'experiment={name}', 'data.root=/data']))}"
+    assert main(["--cfg", "job", f"experiment={name}", "schedule.lr=0.5", "model.kwargs.x=[1,2]"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{head}\n# Otherwise here: model.kwargs.x=[1, 2], schedule.lr=0.5\n")
+    assert main(["--cfg", "job"]) == 0
+    assert not capsys.readouterr().out.startswith("#")
 
 
 def test_recipe_is_the_published_one() -> None:

@@ -130,7 +130,7 @@ def test_imagenet_recipe(recipe: str) -> None:
     assert build_model(ModelConfig(config.model.name, kwargs={"device": "meta"}), num_classes=1000) is not None
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "nat_imagenet"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_imagenet_commands_compose(recipe: str) -> None:
     """The commands at the head of the file are ones that run, and their model is of the recipe's family."""
     text = (ROOT / f"configs/experiment/{recipe}.yaml").read_text().replace("\\\n#", "")

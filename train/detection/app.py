@@ -34,6 +34,7 @@ from .coco_data import CocoFiles, open_coco
 from .config import DETECT, DetectConfig
 from .loops import unreadable_images
 from .mmdet_config import PlainConfig, compose_mmdet
+from .recipes import RECIPES, describe, register_recipes
 from .run_hook import RunFolderHook, packages, plain_model
 
 __all__ = ["COMMAND", "Job", "build_only", "build_runner", "detect_config", "main", "prepare"]
@@ -69,6 +70,7 @@ def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> 
     Raises:
         UserError: a key, a value or a choice is wrong; the message is one line.
     """
+    register_recipes()
     return compose_config(DETECT, overrides, search_path)
 
 
@@ -277,6 +279,9 @@ def _composed(arguments: Arguments) -> tuple[DictConfig, Run | None]:
 def _detect(arguments: Arguments) -> None:
     config, run = _composed(arguments)
     if arguments.show:
+        recipe = RECIPES.get(override_value(arguments.overrides, "experiment") or "") if run is None else None
+        if recipe is not None:
+            print(describe(recipe, detect_config([f"experiment={recipe.name}"]), config))
         print(OmegaConf.to_yaml(config), end="")
         return
     cfg = from_container(config, DETECT)
@@ -294,9 +299,8 @@ def _detect(arguments: Arguments) -> None:
 
 
 def _choices() -> dict[str, Sequence[str]]:
-    shared = group_choices("zoo.configs", ("experiment", "logger", "model"))
-    shared["experiment"] = [name for name in shared["experiment"] if name.startswith("coco_")]
-    return {**shared, **group_choices("zoo.configs.detection")}
+    shared = group_choices("zoo.configs", ("logger", "model"))
+    return {"experiment": sorted(RECIPES), **shared, **group_choices("zoo.configs.detection")}
 
 
 COMMAND = Command(
