@@ -34,7 +34,7 @@ from .coco_data import CocoFiles, open_coco
 from .config import DETECT, DetectConfig
 from .loops import unreadable_images
 from .mmdet_config import PlainConfig, compose_mmdet
-from .recipes import RECIPES, describe, register_recipes
+from .recipes import RECIPES, describe, offered_recipes
 from .run_hook import RunFolderHook, packages, plain_model
 
 __all__ = ["COMMAND", "Job", "build_only", "build_runner", "detect_config", "main", "prepare"]
@@ -70,8 +70,8 @@ def detect_config(overrides: Sequence[str], search_path: Sequence[str] = ()) -> 
     Raises:
         UserError: a key, a value or a choice is wrong; the message is one line.
     """
-    register_recipes()
-    return compose_config(DETECT, overrides, search_path)
+    with offered_recipes():
+        return compose_config(DETECT, overrides, search_path)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ addresses of the original's files follow. `zoo detect experiment=NAME --cfg job`
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["RECIPES", "Recipe", "describe", "register_recipes"]
+__all__ = ["RECIPES", "Recipe", "describe", "offered_recipes"]
 
 _GPUS, _IMAGES_PER_GPU = 8, 2  # of every original
 _TRAIN_IMAGES = 118_287  # of COCO train2017
@@ -269,10 +270,17 @@ _ROWS = (
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in sorted(_ROWS, key=lambda recipe: recipe.name)}
 
 
-def register_recipes() -> None:
-    """Make every recipe a choice `experiment=NAME` of Hydra's."""
+@contextmanager
+def offered_recipes() -> Iterator[None]:
+    """Make every recipe a choice `experiment=NAME` of Hydra's, which `zoo train` in the same process shall not see."""
+    store = ConfigStore.instance()
     for name, recipe in RECIPES.items():
-        ConfigStore.instance().store(group="experiment", name=name, node=recipe.config, package="_global_")
+        store.store(group="experiment", name=name, node=recipe.config, package="_global_")
+    try:
+        yield
+    finally:
+        for name in RECIPES:
+            del store.repo["experiment"][f"{name}.yaml"]
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
