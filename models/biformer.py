@@ -37,10 +37,11 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.models._builder import build_model, published_cfg
-from zoo.models._layers import init_linear
 from zoo.ops.routing import routing_attention, routing_index
 from zoo.ops.routing.layout import from_regions, to_regions
+
+from ._build import build_model, published_cfg
+from ._layers import init_linear
 
 __all__ = ["BiFormer", "BiLevelRoutingAttention"]
 

@@ -31,9 +31,10 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.models._builder import build_model, published_cfg, register_notrace
 from zoo.ops.channel import channel_attention, channel_attention_qkvpacked
 from zoo.ops.window import window_attention_qkvpacked
+
+from ._build import build_model, published_cfg, register_notrace
 
 __all__ = ["DaViT"]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.ops.halo import halo_attention
 
-from ._builder import build_model, published_cfg
+from ._build import build_model, published_cfg
 
 __all__ = ["HaloNet"]
 

@@ -32,9 +32,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torchvision import ops as _torchvision_ops  # noqa: F401  (registers torch.ops.torchvision)
 
-from zoo.models._builder import build_model, published_cfg
-from zoo.models._layers import Classifier, Stage, init_linear
 from zoo.ops.window import window_attention_qkvpacked
+
+from ._build import build_model, published_cfg
+from ._layers import Classifier, Stage, init_linear
 
 __all__ = ["LITv2"]
 

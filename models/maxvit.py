@@ -40,8 +40,9 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from zoo.models._builder import build_model, published_cfg, register_notrace
 from zoo.ops.window import window_attention_qkvpacked
+
+from ._build import build_model, published_cfg, register_notrace
 
 __all__ = ["MaxViT"]
 

@@ -21,7 +21,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ._builder import build_model, published_cfg
+from ._build import build_model, published_cfg
 from ._layers import (
     Classifier,
     Dilations,

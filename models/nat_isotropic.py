@@ -22,7 +22,7 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ._builder import build_model, published_cfg
+from ._build import build_model, published_cfg
 from ._layers import (
     Block,
     Classifier,

@@ -26,9 +26,10 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from zoo.models._builder import build_model, published_cfg
-from zoo.models._layers import Classifier, Stage, init_linear
 from zoo.ops.super_token import super_token_mapping, super_token_sampling
+
+from ._build import build_model, published_cfg
+from ._layers import Classifier, Stage, init_linear
 
 __all__ = ["STViT"]
 

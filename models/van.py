@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from zoo.ops.large_kernel import large_kernel_attention
 
-from ._builder import build_model, published_cfg
+from ._build import build_model, published_cfg
 
 __all__ = ["VAN"]
 

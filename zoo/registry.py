@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
-from zoo.models._builder import published_figures
+from zoo.models.checkpoints import published_figures
 from zoo.ops._dispatch import resolve_backend, without_triton
 
 __all__ = ["ModelInfo", "model_info", "models_table", "nearest_names", "package_models", "require_model", "table_row"]

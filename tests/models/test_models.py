@@ -14,7 +14,7 @@ from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
-from zoo.models._builder import published_figures
+from zoo.models.checkpoints import published_figures
 from zoo.registry import package_models
 
 NAMES = package_models()

@@ -12,8 +12,8 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
-from zoo.models._builder import published_figures
 from zoo.models._layers import NeighborhoodAttention, check_image_size, per_block, per_level
+from zoo.models.checkpoints import published_figures
 from zoo.models.nat import NAT
 from zoo.models.nat_isotropic import GlobalAttention
 
