@@ -7,23 +7,28 @@ state_dict (wrappers and `module.` prefixes are already gone) and must leave a s
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import timm.models
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_notrace_function
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
+from zoo.ops import scriptable
+
 from .checkpoints import StateDict, check_state_dict, published_figures, read_checkpoint, unwrap_checkpoint
 
-__all__ = ["build_model", "moved_by", "published_cfg", "register_notrace", "rename_keys"]
+__all__ = ["build_model", "moved_by", "published_cfg", "rename_keys"]
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
 Replacement = str | Callable[[re.Match[str]], str]
+
+for _op in scriptable.__all__:  # FX must not trace into the ops: their control flow depends on sizes
+    register_notrace_function(getattr(scriptable, _op))
 
 _HEAD_KEYS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight")
 
@@ -96,7 +101,7 @@ def moved_by(step: int, template: str) -> Callable[[re.Match[str]], str]:
 
 
 def build_model(
-    model_cls: Callable[..., nn.Module],
+    model_cls: Callable[..., ModelT],
     variant: str,
     pretrained: bool = False,
     *,
@@ -107,7 +112,7 @@ def build_model(
     features_only: bool = False,
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> ModelT:
     """Build a variant through timm, loading a checkpoint strictly when `pretrained`.
 
     A checkpoint's head of another size than the configuration's is an error that names both sizes; with `num_classes`
@@ -151,7 +156,7 @@ def build_model(
         own_cfg = getattr(owner, "pretrained_cfg", None)
         if isinstance(own_cfg, dict):
             own_cfg.pop("state_dict", None)
-    return model
+    return cast(ModelT, model)  # or, with features_only, its wrapper
 
 
 def _read_source(cfg: dict[str, Any]) -> StateDict | None:
@@ -202,4 +207,4 @@ def _check_keys(variant: str, state_dict: StateDict, model: nn.Module) -> None:
 def register_notrace(*functions: Callable[..., Any]) -> None:
     """Keep FX from tracing into op functions, whose control flow depends on sizes."""
     for function in functions:
-        timm.models.register_notrace_function(function)
+        register_notrace_function(function)

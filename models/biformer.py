@@ -575,7 +575,7 @@ _STL = {
 
 
 def _create_biformer(variant: str, pretrained: bool, **kwargs: Any) -> BiFormer:
-    return build_model(BiFormer, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)  # type: ignore[return-value]
+    return build_model(BiFormer, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -588,7 +588,7 @@ _FL: dict[str, Any] = {"window_size": 12, "down_kernel_size": 3, "channel_attn_v
 
 def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> DaViT:
     args = {**args, **kwargs}
-    return build_model(DaViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **args)  # type: ignore[return-value]
+    return build_model(DaViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **args)
 
 
 @register_model

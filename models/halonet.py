@@ -390,7 +390,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant: str, model: str, pretrained: bool, **kwargs: Any) -> HaloNet:
-    return build_model(  # type: ignore[return-value]
+    return build_model(
         HaloNet,
         variant,
         pretrained,

@@ -787,7 +787,7 @@ _XLARGE_TF: dict[str, Any] = {
 def _create(variant: str, pretrained: bool, args: dict[str, Any], img_size: int, kwargs: dict[str, Any]) -> MaxViT:
     args = {**args, "img_size": img_size, **kwargs}
     feature_cfg = {"out_indices": (0, 1, 2, 3, 4)}
-    return build_model(MaxViT, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args)  # type: ignore[return-value]
+    return build_model(MaxViT, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args)
 
 
 @register_model

@@ -412,7 +412,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VAN:
-    return build_model(VAN, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)  # type: ignore[return-value]
+    return build_model(VAN, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
