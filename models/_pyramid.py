@@ -98,22 +98,29 @@ class Backbone(FamilyFacts, nn.Module):
 
 
 class Stage(nn.Module):
-    """A downsampling, then blocks. `out_norm` is for who reads the stage's output; the next stage does not see it."""
+    """A downsampling, blocks and norms: the next stage sees what `norm` gives; `out_norm` is for the feature alone."""
 
     def __init__(
-        self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None, out_norm: nn.Module | None = None
+        self,
+        blocks: Iterable[nn.Module],
+        downsample: nn.Module | None = None,
+        norm: nn.Module | None = None,
+        out_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
         self.out_norm = nn.Identity() if out_norm is None else out_norm
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
 
 
 class Pyramid(Backbone):

@@ -347,7 +347,8 @@ class BiFormer(Pyramid):
                     attn = AttentionLePE(dim, side_dwconv=side_dwconv, lepe_of_value=nchw, **dd)
                 blocks.append(Block(dim, attn, mlp_ratio, before_attn_dwconv, rate, **dd))
             downsample = _downsample(embed_dims[i - 1], dim, stl, **dd) if i > 0 else None
-            stages.append(Stage(blocks, downsample, LayerNorm2d(dim, eps=1e-6, **dd) if out_norms else None))
+            out_norm = LayerNorm2d(dim, eps=1e-6, **dd) if out_norms else None
+            stages.append(Stage(blocks, downsample, out_norm=out_norm))
         self.add_stages(stages, embed_dims)
         self.norm = nn.Identity() if out_norms else nn.BatchNorm2d(self.num_features, **dd)
         self.add_head(num_classes, global_pool, drop_rate, **dd)

@@ -291,7 +291,7 @@ class LITv2(Pyramid):
                 for rate in rates
             ]
             out_norm = nn.LayerNorm(dim, **dd) if dense and i in dense_norms else None
-            stages.append(Stage(blocks, downsample, out_norm))
+            stages.append(Stage(blocks, downsample, out_norm=out_norm))
         self.add_stages(stages, dims)
         self.norm = nn.Identity() if dense else nn.LayerNorm(self.num_features, **dd)
         self.add_head(num_classes, global_pool, drop_rate, **dd)

@@ -13,7 +13,7 @@ from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters
 from torch import Tensor
 
-from zoo.models.stvit import Block, STViT
+from zoo.models.stvit import Block, STViT, checkpoint_filter_fn
 
 VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "svit/variants.json").read_text())["variants"]}
 RECORDED = [
@@ -43,7 +43,7 @@ def test_recorded(name: str, size: str, tmp_path: Path) -> None:
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}).double().eval()
     data = npz(f"svit/{name}.{size}.npz")
     seen: dict[str, Tensor] = {}
-    for key, module in (("stem", model.patch_embed), ("final_act", model.act)):
+    for key, module in (("stem", model.stem), ("final_act", model.head.act)):
         module.register_forward_hook(lambda _m, _x, y, key=key: seen.__setitem__(key, y))
     x = image(*map(int, size.split("x")), dtype=torch.float64)
     with torch.inference_mode():
@@ -63,12 +63,10 @@ def test_variant(name: str) -> None:
     """Every published tensor has its place and shape, and the configuration is the published one."""
     facts = VARIANTS[name]
     model = timm.create_model(name, device="meta")
-    expected = {
-        key.replace("norm1.norm.", "norm1."): tuple(shape)
-        for key, shape, _ in keys(f"svit/{name.removesuffix('_384')}")
-        if "fold.weights" not in key
-    }
-    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    entries = {k: torch.empty(shape, device="meta") for k, shape, _ in keys(f"svit/{name.removesuffix('_384')}")}
+    renamed = checkpoint_filter_fn(entries, model)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert checkpoint_filter_fn(renamed, model) == renamed
     params = sum(p.numel() for p in model.parameters())
     assert round(params / 1e6, 3) == facts["params_measured_trainable"]
     cfg = model.pretrained_cfg
@@ -81,17 +79,16 @@ def test_variant(name: str) -> None:
 def test_recorded_block() -> None:
     """A block with layer scale, in evaluation mode, with every gradient."""
     data = npz("ops/svit_layer_s4_ls_13x18.npz")
-    weights = {k[2:].replace("norm1.norm.", "norm1."): v for k, v in data.items() if k.startswith("w/")}
     block = Block(12, num_heads=3, stoken_size=4, layer_scale=True).double().eval()
-    block.load_state_dict({k: v for k, v in weights.items() if "fold.weights" not in k})
+    block.load_state_dict(checkpoint_filter_fn({k[2:]: v for k, v in data.items() if k.startswith("w/")}, block))
     x = data["x"].requires_grad_()
     y = block(x)
     y.backward(data["grad_y"])
     torch.testing.assert_close(y, data["y"], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(x.grad, data["grad_x"], rtol=1e-9, atol=1e-10)
+    gradients = checkpoint_filter_fn({k[2:]: v for k, v in data.items() if k.startswith("g/")}, block)
     for key, parameter in block.named_parameters():
-        recorded = data["g/" + key.replace("norm1.", "norm1.norm.")]
-        torch.testing.assert_close(parameter.grad, recorded, rtol=1e-9, atol=1e-10, msg=key)
+        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-9, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_ema", None])
@@ -110,8 +107,8 @@ def test_loading_refuses(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="7 classes.*1000"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path})
     fresh = shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=5)
-    assert fresh.head.weight.shape[0] == 5
-    assert torch.equal(fresh.proj.weight, source.proj.weight)
+    assert fresh.head.fc.weight.shape[0] == 5
+    assert torch.equal(fresh.head.proj.weight, source.head.proj.weight)
     with pytest.raises(RuntimeError, match="another shape"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7, projection=48)
 
@@ -153,7 +150,7 @@ def test_overrides() -> None:
     model.reset_classifier(6, "avg")
     assert model(x).shape == (2, 6)
     assert shrunken(projection=None, in_chans=4).eval()(x).shape == (2, 1000)
-    assert model.layers[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
+    assert model.stages[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
     reference = shrunken(in_chans=4, attn_backend="reference").eval()
     chosen = shrunken(in_chans=4).eval()
     chosen.load_state_dict(reference.state_dict())
@@ -179,13 +176,14 @@ def test_training_step() -> None:
 
 
 def test_layer_groups() -> None:
-    """Layer decay goes from the stem through every block in order; a downsampling counts with the block before it."""
+    """Layer decay goes from the stem through every block in order; a downsampling counts with the block behind it."""
     model = shrunken(depths=(2, 1, 1, 1))
     groups = group_parameters(model, model.group_matcher(), reverse=True)
-    order = ["patch_embed.proj.0.weight"] + [f"layers.{i}.blocks.{j}.norm1.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
+    order = ["stem.0.weight"] + [f"stages.{i}.blocks.{j}.norm1.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
     assert [groups[name] for name in order] == [0, 1, 2, 3]
-    assert groups["layers.0.downsample.proj.0.weight"] == groups["layers.0.blocks.1.norm1.weight"]
-    assert groups["head.weight"] == max(groups.values())
+    assert groups["stages.1.downsample.0.weight"] == groups["stages.1.blocks.0.norm1.weight"]
+    assert groups["head.proj.weight"] == groups["head.norm.weight"] == groups["stages.3.blocks.0.norm1.weight"]
+    assert groups["head.fc.weight"] == max(groups.values())
 
 
 def test_compile_and_export() -> None:
