@@ -234,7 +234,7 @@ def test_constructor_arguments() -> None:
     )  # fmt: skip
     halos = [m for m in model.modules() if isinstance(m, HaloAttention)]
     assert len(halos) == 3
-    assert all(m.attn_backend == "reference" and m.mask_border for m in halos)
+    assert all(m.attn_backend == "reference" and m.border == "mask" for m in halos)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 2048)
     with pytest.raises(TypeError, match="no_such"):
         timm.create_model("zoo_halonet26t", no_such=1)
