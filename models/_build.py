@@ -202,9 +202,3 @@ def _check_keys(variant: str, state_dict: StateDict, model: nn.Module) -> None:
     stems = tuple(f"{n}.weight" for n in ((stems,) if isinstance(stems, str) else stems))
     headline = f"{variant}: the checkpoint does not fit."
     check_state_dict(headline, state_dict, model.state_dict(), free=free, any_shape=stems)
-
-
-def register_notrace(*functions: Callable[..., Any]) -> None:
-    """Keep FX from tracing into op functions, whose control flow depends on sizes."""
-    for function in functions:
-        register_notrace_function(function)
