@@ -1,4 +1,4 @@
-"""STViT against the recorded outputs of hhb072/STViT, and timm's contract on shrunken models."""
+"""STViT: published keys and configurations, and timm's contract on shrunken models."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import GOLDENS, filled, keys, npz, save_checkpoint
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters
 from torch import Tensor
@@ -16,10 +16,6 @@ from torch import Tensor
 from zoo.models.stvit import Block, STViT, checkpoint_filter_fn
 
 VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "svit/variants.json").read_text())["variants"]}
-RECORDED = [
-    pytest.param(*path.stem.split("."), marks=[pytest.mark.slow] if "large" in path.stem else [])
-    for path in sorted((GOLDENS / "svit").glob("*.npz"))
-]
 
 
 def shrunken(name: str = "stvit_small", **kwargs: Any) -> STViT:
@@ -35,27 +31,6 @@ def published(name: str) -> dict[str, Tensor]:
         (key, weights.get(key, identity if "fold" in key else torch.tensor(0))) for key, *_ in keys(f"svit/{name}")
     )
     return dict(entries)
-
-
-@pytest.mark.parametrize(("name", "size"), RECORDED)
-def test_recorded(name: str, size: str, tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path / "published.pth", published(name), "model")
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}).double().eval()
-    data = npz(f"svit/{name}.{size}.npz")
-    seen: dict[str, Tensor] = {}
-    for key, module in (("stem", model.stem), ("final_act", model.head.act)):
-        module.register_forward_hook(lambda _m, _x, y, key=key: seen.__setitem__(key, y))
-    x = image(*map(int, size.split("x")), dtype=torch.float64)
-    with torch.inference_mode():
-        features, stages = model.forward_intermediates(x)
-        logits = model.forward_head(features)
-        assert torch.equal(logits, model(x))
-    seen |= {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
-    assert {k.split(".")[0] for k in data if k.endswith(".val_f64")} == seen.keys()
-    for key, value in seen.items():
-        assert list(value.shape) == data[f"{key}.shape"].tolist()
-        assert_matches(samples(value, data[f"{key}.idx"]), data[f"{key}.val_f64"], data[f"{key}.std"], 1e-9, key)
-    assert_matches(logits, data["logits_f64"], data["logits_f64"].std().item(), 1e-9, "logits")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
