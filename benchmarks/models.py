@@ -197,7 +197,7 @@ ENTRIES = (
     Entry("zoo_halonet26t", timm="halonet26t", forward_goal=1.0, training_goal=1.0),
     Entry(
         "nat_tiny",
-        textbook=(("zoo.models._layers.neighborhood_attention_qkvpacked", neighborhood_gather),),
+        textbook=(("zoo.models.nat.neighborhood_attention_qkvpacked", neighborhood_gather),),
         forward_goal=3.0,
         training_goal=3.0,
     ),

@@ -13,39 +13,21 @@ Numbers are the original's; what differs:
 - `reset_classifier` works, and `train()` of the dense form returns the model.
 """
 
-import re
-from typing import Any, cast
+from typing import Any
 
 import torch
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm2d,
-    Mlp,
-    calculate_drop_path_rates,
-    get_device_dtype,
-)
-from timm.models import (
-    checkpoint,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-    register_notrace_module,
-)
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, LayerNorm2d, Mlp
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.models._builder import build_model, published_cfg
-from zoo.models._layers import init_linear
-from zoo.ops.routing import routing_attention, routing_index
 from zoo.ops.routing.layout import from_regions, to_regions
+from zoo.ops.scriptable import routing_attention, routing_index
+
+from ._build import build_model, published_cfg, rename_keys
+from ._pyramid import Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["BiFormer", "BiLevelRoutingAttention"]
-
-register_notrace_function(routing_attention)
-register_notrace_function(routing_index)
 
 
 @register_notrace_module
@@ -136,19 +118,13 @@ class BiLevelRoutingAttention(nn.Module):
         v = v.unflatten(-1, (nh, -1))
         if self.soft_routing:
             return self.attend_softly(q, k, v, topk)
-        if torch.jit.is_scripting():
-            index = torch.ops.zoo.routing_index(q, k, rh, rw, topk, "auto")
-        else:
-            padding = "zero" if self.pad_keys else "none"
-            index = routing_index(q, k, n, topk, padding=padding, backend=self.attn_backend)
+        padding = "zero" if self.pad_keys else "none"
+        index = routing_index(q, k, n, topk, padding=padding, backend=self.attn_backend)
         if self.kv_per_win > 0:
             k, v = self.pool(k), self.pool(v)
-        if torch.jit.is_scripting():
-            out, _ = torch.ops.zoo.routing_attention(q, k, v, index, rh, rw, self.scale, "auto")
-        else:
-            out = routing_attention(
-                q, k, v, n, topk, scale=self.scale, index=index, padding=padding, backend=self.attn_backend
-            )
+        out = routing_attention(
+            q, k, v, n, topk, scale=self.scale, index=index, padding=padding, backend=self.attn_backend
+        )
         return out.flatten(3)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -261,29 +237,37 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class BiFormerStage(nn.Module):
-    """A downsampling layer, then blocks. `out_norm` is for the stage's output, the next stage does not see it."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], out_norm: nn.Module) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.out_norm = out_norm
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+class ChannelsLast(nn.Module):
+    """The same (B, C, H, W) map with its channels last in memory: else every LayerNorm of the blocks would copy."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # blocks work on channels last: without this every LayerNorm would copy
-        x = self.downsample(x).contiguous(memory_format=torch.channels_last)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        return x.contiguous(memory_format=torch.channels_last)
 
 
-class BiFormer(nn.Module):
+def _patch_embed(in_chans: int, dim: int, stl: bool, device: Any = None, dtype: Any = None) -> nn.Sequential:
+    dd = {"device": device, "dtype": dtype}
+    if stl:
+        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd), ChannelsLast())
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+        nn.BatchNorm2d(dim // 2, **dd),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+        nn.BatchNorm2d(dim, **dd),
+        ChannelsLast(),
+    )
+
+
+def _downsample(in_dim: int, dim: int, stl: bool, device: Any = None, dtype: Any = None) -> nn.Sequential:
+    dd = {"device": device, "dtype": dtype}
+    if stl:
+        return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd), ChannelsLast())
+    return nn.Sequential(
+        nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd), ChannelsLast()
+    )
+
+
+class BiFormer(Pyramid):
     """BiFormer, BiFormer-STL and the NCHW form of the latter.
 
     Args:
@@ -307,6 +291,9 @@ class BiFormer(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly.
         attn_backend: backend of the routing attention op.
     """
+
+    out_norms = (0, 1, 2, 3)
+    out_norm_eps = 1e-6
 
     def __init__(
         self,
@@ -332,32 +319,24 @@ class BiFormer(nn.Module):
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
         n_wins = (n_win,) * len(depths) if isinstance(n_win, int) else tuple(n_win)
         if not len(depths) == len(embed_dims) == len(topks) == len(n_wins):
             raise ValueError(
                 f"depths {depths}, embed_dims {embed_dims}, topks {topks}, n_win {n_wins} differ in length"
             )
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-        self.feature_info = []
-
+        super().__init__(in_chans, embed_dims[-1])
         self.stem = _patch_embed(in_chans, embed_dims[0], stl, **dd)
-        rates = cast(list[float], calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
-        for i, (depth, dim, topk, windows) in enumerate(zip(depths, embed_dims, topks, n_wins, strict=True)):
-            blocks: list[nn.Module] = []
-            for j in range(depth):
+        for i, (dim, rates) in enumerate(zip(embed_dims, stage_rates(drop_path_rate, depths), strict=True)):
+            blocks = []
+            for rate in rates:
                 attn: nn.Module
-                if topk > 0:
+                if topks[i] > 0:
                     attn = BiLevelRoutingAttention(
                         dim,
                         num_heads=dim // head_dim,
-                        n_win=windows,
-                        topk=topk,
+                        n_win=n_wins[i],
+                        topk=topks[i],
                         side_dwconv=side_dwconv,
                         auto_pad=auto_pad,
                         pad_keys=nchw,
@@ -366,155 +345,27 @@ class BiFormer(nn.Module):
                     )
                 else:
                     attn = AttentionLePE(dim, side_dwconv=side_dwconv, lepe_of_value=nchw, **dd)
-                rate = rates[sum(depths[:i]) + j]
                 blocks.append(Block(dim, attn, mlp_ratio, before_attn_dwconv, rate, **dd))
-            downsample = _downsample(embed_dims[i - 1], dim, stl, **dd) if i > 0 else nn.Identity()
-            stages.append(
-                BiFormerStage(downsample, blocks, LayerNorm2d(dim, eps=1e-6, **dd) if out_norms else nn.Identity())
-            )
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
-
+            downsample = _downsample(embed_dims[i - 1], dim, stl, **dd) if i > 0 else None
+            out_norm = LayerNorm2d(dim, eps=1e-6, **dd) if out_norms else None
+            stages.append(Stage(blocks, downsample, out_norm=out_norm))
+        self.add_stages(stages, embed_dims)
         self.norm = nn.Identity() if out_norms else nn.BatchNorm2d(self.num_features, **dd)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.add_head(num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks: Any = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.out_norm", (99999,)),
-            (r"^norm", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            cast(BiFormerStage, stage).set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps, and the final map unless `intermediates_only`.
-
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: the last n stages, or these stages; all by default.
-            norm: apply the final norm to the last stage's map. The dense form normalises every map anyway.
-            stop_early: compute no stage after the last one asked for.
-            output_fmt: only "NCHW".
-            intermediates_only: leave out the final map.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be NCHW, got {output_fmt}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
-        final = len(self.stages) - 1
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice, nor choose in an expression
-            stages = self.stages
-        else:
-            stages = self.stages[: last + 1]
-        maps = []
-        i = 0
-        out = x
-        for i, stage in enumerate(stages):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(stage, x)
-            else:
-                x = stage(x)
-            out = stage.out_norm(x)  # type: ignore[operator]
-            if i in take:
-                maps.append(self.norm(out) if norm and i == final else out)
-        if intermediates_only:
-            return maps
-        return self.norm(out) if i == final else out, maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the given intermediates do not need; the indices that are kept."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.stages, x)
-        else:
-            x = self.stages(x)
-        return self.norm(self.stages[-1].out_norm(x))  # type: ignore[operator]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _patch_embed(in_chans: int, dim: int, stl: bool, device: Any = None, dtype: Any = None) -> nn.Sequential:
-    dd = {"device": device, "dtype": dtype}
-    if stl:
-        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
-    return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
-        nn.BatchNorm2d(dim // 2, **dd),
-        nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
-        nn.BatchNorm2d(dim, **dd),
-    )
-
-
-def _downsample(in_dim: int, dim: int, stl: bool, device: Any = None, dtype: Any = None) -> nn.Sequential:
-    dd = {"device": device, "dtype": dtype}
-    if stl:
-        return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
-    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
-
-
-_RENAMED = [
-    (re.compile(pattern), ours)
-    for pattern, ours in (
-        (r"^downsample_layers\.0\.", "stem."),
-        (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"^extra_norms\.(\d+)\.", r"stages.\1.out_norm."),
-        (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
-        (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
-        (r"\.mlp\.0\.", ".mlp.fc1."),
-        (r"\.mlp\.[23]\.", ".mlp.fc2."),
-        (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    )
-]
+_RENAMED = (
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^extra_norms\.(\d+)\.", r"stages.\1.out_norm."),
+    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
+    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -524,13 +375,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     outputs stay fresh.
     """
     own = model.state_dict()
-    renamed = {}
-    for key, value in state_dict.items():
-        for pattern, ours in _RENAMED:
-            key = pattern.sub(ours, key)
-        if value.ndim == 4 and key in own and own[key].ndim == 2:
-            value = value.flatten(1)
-        renamed[key] = value
+    renamed = {
+        key: value.flatten(1) if value.ndim == 4 and key in own and own[key].ndim == 2 else value
+        for key, value in rename_keys(state_dict, _RENAMED).items()
+    }
     for key, value in own.items():  # files written by very old PyTorch lack these counters
         if key.endswith("num_batches_tracked"):
             renamed.setdefault(key, value)
@@ -564,7 +412,10 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_STL = {
+_TINY: dict[str, Any] = {}
+_SMALL: dict[str, Any] = {"depths": (4, 4, 18, 4)}
+_BASE: dict[str, Any] = {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768)}
+_STL: dict[str, Any] = {
     "depths": (2, 2, 6, 2),
     "embed_dims": (96, 192, 384, 768),
     "mlp_ratio": 4.0,
@@ -573,34 +424,30 @@ _STL = {
 }
 
 
-def _create_biformer(variant: str, pretrained: bool, **kwargs: Any) -> BiFormer:
-    return build_model(BiFormer, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)  # type: ignore[return-value]
+def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> BiFormer:
+    return build_model(BiFormer, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **kwargs})
 
 
 @register_model
 def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    args = {"depths": (2, 2, 8, 2), "embed_dims": (64, 128, 256, 512)}
-    return _create_biformer("biformer_tiny", pretrained, **dict(args, **kwargs))
+    return _create("biformer_tiny", pretrained, _TINY, kwargs)
 
 
 @register_model
 def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    args = {"depths": (4, 4, 18, 4), "embed_dims": (64, 128, 256, 512)}
-    return _create_biformer("biformer_small", pretrained, **dict(args, **kwargs))
+    return _create("biformer_small", pretrained, _SMALL, kwargs)
 
 
 @register_model
 def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    args = {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768)}
-    return _create_biformer("biformer_base", pretrained, **dict(args, **kwargs))
+    return _create("biformer_base", pretrained, _BASE, kwargs)
 
 
 @register_model
 def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    return _create_biformer("biformer_stl", pretrained, **dict(_STL, **kwargs))
+    return _create("biformer_stl", pretrained, _STL, kwargs)
 
 
 @register_model
 def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    args = dict(_STL, nchw=True)
-    return _create_biformer("biformer_stl_nchw", pretrained, **dict(args, **kwargs))
+    return _create("biformer_stl_nchw", pretrained, {**_STL, "nchw": True}, kwargs)

@@ -3,71 +3,38 @@
 Original: https://github.com/dingmyu/davit (MIT). The variants `fl` are the image towers of Florence-2
 (https://arxiv.org/abs/2311.06242, MIT): overlapping downsampling and a second form of channel attention.
 
-Parameter names are timm's (https://github.com/huggingface/pytorch-image-models, Apache-2.0); checkpoints of the
-original, of timm and of Florence-2 load. What differs: attention runs through `zoo.ops.window` and
-`zoo.ops.channel`, and maps are channels-last throughout, so no block transposes them.
+Checkpoints of the original, of timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0) and of Florence-2
+load. What differs: attention runs through `zoo.ops.window` and `zoo.ops.channel`, and maps are channels-last
+throughout, so no block transposes them.
 
 Any input size is accepted. As in the original, a map that is no multiple of the window is padded with zeros after the
 norm: the padding's keys and values are the bias of qkv, and tokens attend to them.
 """
 
-import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import (
-    DropPath,
-    LayerNorm2d,
-    Mlp,
-    NormMlpClassifierHead,
-    calculate_drop_path_rates,
-    get_device_dtype,
-    trunc_normal_,
-)
-from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
-from zoo.models._builder import build_model, published_cfg, register_notrace
-from zoo.ops.channel import channel_attention, channel_attention_qkvpacked
-from zoo.ops.window import window_attention_qkvpacked
+from zoo.ops.scriptable import channel_attention, channel_attention_qkvpacked, window_attention_qkvpacked
+
+from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._pyramid import Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["DaViT"]
 
 
+@register_notrace_function
 def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
     """Pad (B, H, W, C) with zeros at the bottom and right to multiples of height and width."""
     bottom, right = -x.shape[1] % height, -x.shape[2] % width
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
-
-
-def attend_windows(qkv: Tensor, window: int, backend: str | None) -> Tensor:
-    """Window attention of qkv (B, H, W, 3, heads, d) in a form that TorchScript and FX take."""
-    if torch.jit.is_scripting():
-        scale = qkv.shape[5] ** -0.5
-        out = torch.ops.zoo.window_attention_qkvpacked(qkv, None, window, window, 0, 0, False, scale, "auto")
-        return out[0]
-    return window_attention_qkvpacked(qkv, window, backend=backend)
-
-
-def attend_channels(qkv: Tensor, v2: bool, backend: str | None) -> Tensor:
-    """Channel attention of qkv (B, N, 3, heads, d); v2: the map of q and k over N mixes v (Florence-2)."""
-    n, d = qkv.shape[1], qkv.shape[4]
-    if torch.jit.is_scripting():
-        if v2:
-            q, k, v = qkv.unbind(2)
-            return torch.ops.zoo.channel_attention(v, q, k, n**-0.5, "auto")[0]
-        return torch.ops.zoo.channel_attention_qkvpacked(qkv, d**-0.5, "auto")[0]
-    if v2:
-        q, k, v = qkv.unbind(2)
-        return channel_attention(v, q, k, scale=n**-0.5, backend=backend)
-    return channel_attention_qkvpacked(qkv, backend=backend)
-
-
-register_notrace(pad_to_multiple, attend_windows, attend_channels)
 
 
 class ConvPosEnc(nn.Module):
@@ -144,12 +111,15 @@ class WindowAttention(nn.Module):
         x = pad_to_multiple(x, self.window_size, self.window_size)
         B, H, W, _ = x.shape
         qkv = self.qkv(x).view(B, H, W, 3, self.num_heads, self.head_dim)
-        x = attend_windows(qkv, self.window_size, self.attn_backend).flatten(3)
+        x = window_attention_qkvpacked(qkv, self.window_size, backend=self.attn_backend).flatten(3)
         return self.proj(x[:, :height, :width])
 
 
 class ChannelAttention(nn.Module):
-    """Attention between the channels of a head over all positions of a (B, H, W, C) map (section 3.2)."""
+    """Attention between the channels of a head over all positions of a (B, H, W, C) map (section 3.2).
+
+    v2 is Florence-2's form: the map of queries and keys over the positions mixes the values.
+    """
 
     def __init__(
         self,
@@ -173,7 +143,11 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, self.head_dim)
-        x = attend_channels(qkv, self.v2, self.attn_backend)  # (B, N, heads, d)
+        if self.v2:
+            q, k, v = qkv.unbind(2)
+            x = channel_attention(v, q, k, scale=(H * W) ** -0.5, backend=self.attn_backend)
+        else:
+            x = channel_attention_qkvpacked(qkv, backend=self.attn_backend)
         return self.proj(x.view(B, H, W, C))
 
 
@@ -209,58 +183,7 @@ class DualBlock(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class DaViTStage(nn.Module):
-    """Downsampling, then pairs of a window block and a channel block."""
-
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        depth: int,
-        downsample: bool,
-        num_heads: int,
-        window_size: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        drop_path: Sequence[float],
-        norm_eps: float,
-        down_kernel_size: int,
-        channel_attn_v2: bool,
-        named_blocks: bool,
-        attn_backend: str | None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample: nn.Module = nn.Identity()
-        if downsample:
-            self.downsample = Downsample(in_chs, out_chs, down_kernel_size, norm_eps, **dd)
-        pairs = []
-        for rate in drop_path:
-            shared: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_backend": attn_backend, **dd}
-            spatial = WindowAttention(out_chs, num_heads, window_size=window_size, **shared)
-            channel = ChannelAttention(out_chs, num_heads, v2=channel_attn_v2, **shared)
-            pair = nn.Sequential()
-            for name, attn in (("spatial_block", spatial), ("channel_block", channel)):
-                block = DualBlock(out_chs, attn, mlp_ratio, rate, norm_eps, **dd)
-                pair.add_module(name if named_blocks else str(len(pair)), block)
-            pairs.append(pair)
-        self.blocks = nn.Sequential(*pairs)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class DaViT(nn.Module):
+class DaViT(Pyramid):
     """DaViT: a pyramid whose blocks alternate window attention and channel attention.
 
     Args:
@@ -276,7 +199,6 @@ class DaViT(nn.Module):
         norm_eps: epsilon of every LayerNorm.
         down_kernel_size: 2 (the original's) or 3 (Florence-2's, overlapping).
         channel_attn_v2: Florence-2's channel attention.
-        named_blocks: Florence-2's parameter names, `spatial_block` and `channel_block` in place of 0 and 1.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth rate of the last pair of blocks, rising linearly.
         attn_backend: passed to `zoo.ops.window` and `zoo.ops.channel`.
@@ -284,6 +206,8 @@ class DaViT(nn.Module):
     Raises:
         ValueError: the options of the stages do not fit.
     """
+
+    out_norms = (0, 1, 2, 3)
 
     def __init__(
         self,
@@ -299,14 +223,12 @@ class DaViT(nn.Module):
         norm_eps: float = 1e-5,
         down_kernel_size: int = 2,
         channel_attn_v2: bool = False,
-        named_blocks: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_backend: str | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not len(depths) == len(embed_dims) == len(num_heads):
             raise ValueError(
@@ -315,169 +237,42 @@ class DaViT(nn.Module):
             )
         if any(dim % heads for dim, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f"DaViT: num_heads {num_heads} must divide embed_dims {embed_dims}")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.num_features = embed_dims[-1]
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []
-
+        super().__init__(in_chans, embed_dims[-1])
         self.stem = Stem(in_chans, embed_dims[0], norm_eps, **dd)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        shared: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_backend": attn_backend, **dd}
         stages = []
-        in_chs = embed_dims[0]
-        for i, dim in enumerate(embed_dims):
-            stages.append(
-                DaViTStage(
-                    in_chs,
-                    dim,
-                    depth=depths[i],
-                    downsample=i > 0,
-                    num_heads=num_heads[i],
-                    window_size=window_size,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    drop_path=rates[i],
-                    norm_eps=norm_eps,
-                    down_kernel_size=down_kernel_size,
-                    channel_attn_v2=channel_attn_v2,
-                    named_blocks=named_blocks,
-                    attn_backend=attn_backend,
-                    **dd,
-                )
-            )
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
-            in_chs = dim
-        self.stages = nn.Sequential(*stages)
-
-        self.head = NormMlpClassifierHead(
-            self.num_features,
-            num_classes,
-            pool_type=global_pool,
-            drop_rate=drop_rate,
-            norm_layer=partial(LayerNorm2d, eps=norm_eps),
-            **dd,
-        )
-        self.head_hidden_size = self.head.num_features
-        self.apply(_init_weights)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.set_grad_checkpointing(enable)  # type: ignore[operator]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        self.num_classes = num_classes
-        self.head.reset(
-            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
-        )
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages, and the final map unless intermediates_only.
-
-        Args:
-            x: (B, C, H, W).
-            indices: the last n maps if one number, all if None, else those listed.
-            norm: no effect, the map has no final norm (it belongs to the head, after pooling).
-            stop_early: do not run past the last map asked for.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"DaViT: output_fmt must be 'NCHW', got '{output_fmt}'")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for index, stage in enumerate(stages):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(stage, x)
-            else:
-                x = stage(x)
-            if index in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the intermediates at `indices` do not need; the indices of those that stay."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "", reset_other=True)
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.stages, x)
-        return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        for i, (dim, heads, rates) in enumerate(
+            zip(embed_dims, num_heads, stage_rates(drop_path_rate, depths), strict=True)
+        ):
+            downsample = Downsample(embed_dims[i - 1], dim, down_kernel_size, norm_eps, **dd) if i else None
+            pairs = []
+            for rate in rates:
+                spatial = WindowAttention(dim, heads, window_size=window_size, **shared)
+                channel = ChannelAttention(dim, heads, v2=channel_attn_v2, **shared)
+                pair = {
+                    "spatial_block": DualBlock(dim, spatial, mlp_ratio, rate, norm_eps, **dd),
+                    "channel_block": DualBlock(dim, channel, mlp_ratio, rate, norm_eps, **dd),
+                }
+                pairs.append(nn.Sequential(OrderedDict(pair)))
+            stages.append(Stage(pairs, downsample))
+        self.add_stages(stages, embed_dims)
+        norm = partial(LayerNorm2d, eps=norm_eps)
+        self.add_head(num_classes, global_pool, drop_rate, NormMlpClassifierHead, norm_layer=norm, **dd)
+        self.apply(init_linear)
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-_ORIGINAL = (
-    (r"^patch_embeds\.0\.proj\.", "stem.conv."),
-    (r"^patch_embeds\.0\.", "stem."),
-    (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
-    (r"^patch_embeds\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^main_blocks\.(\d+)\.", r"stages.\1.blocks."),
-    (r"\.cpe\.0\.", ".cpe1."),
-    (r"\.cpe\.1\.", ".cpe2."),
-    (r"^norms\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_FLORENCE = (
-    (r"^convs\.0\.proj\.", "stem.conv."),
-    (r"^convs\.0\.", "stem."),
-    (r"^convs\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
-    (r"^convs\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^blocks\.(\d+)\.", r"stages.\1.blocks."),
-    (r"\.(window|channel)_attn\.norm\.", ".norm1."),
-    (r"\.(window|channel)_attn\.fn\.", ".attn."),
+# the original's names, Florence-2's, and timm's two blocks of a pair
+_RENAMED = (
+    (r"^(?:patch_embeds|convs)\.0\.proj\.", "stem.conv."),
+    (r"^(?:patch_embeds|convs)\.0\.", "stem."),
+    (r"^(?:patch_embeds|convs)\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
+    (r"^(?:patch_embeds|convs)\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^(?:main_blocks|blocks)\.(\d+)\.", r"stages.\1.blocks."),
+    (r"(\.blocks\.\d+)\.0\.", r"\1.spatial_block."),
+    (r"(\.blocks\.\d+)\.1\.", r"\1.channel_block."),
+    (r"\.cpe\.([01])\.", moved_by(1, ".cpe{}.")),
+    (r"\.(?:window|channel)_attn\.norm\.", ".norm1."),
+    (r"\.(?:window|channel)_attn\.fn\.", ".attn."),
     (r"\.ffn\.norm\.", ".norm2."),
     (r"\.ffn\.fn\.net\.", ".mlp."),
     (r"\.conv([12])\.fn\.dw\.", r".cpe\1.proj."),
@@ -487,24 +282,15 @@ _FLORENCE = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the original's and Florence-2's keys; timm's and our own stay."""
-    tower = "vision_tower."
-    florence = any(k.startswith(tower) for k in state_dict)
-    if florence:
-        state_dict = {k.removeprefix(tower): v for k, v in state_dict.items() if k.startswith(tower)}
-    elif "stem.conv.weight" in state_dict:
-        return state_dict
-    out = {}
-    for k, v in state_dict.items():
-        for pattern, name in _FLORENCE if florence else _ORIGINAL:
-            k = re.sub(pattern, name, k)
-        out[k] = v
-    if florence:
+    """The published names to ours; of Florence-2's file the image tower."""
+    tower = {k.removeprefix("vision_tower."): v for k, v in state_dict.items() if k.startswith("vision_tower.")}
+    renamed = rename_keys(tower or state_dict, _RENAMED)
+    if tower:
         # Florence-2's file ends with the last map: the norm of our head keeps its initial values.
         for k, v in model.state_dict().items():
             if k.startswith("head.norm."):
-                out.setdefault(k, v)
-    return out
+                renamed.setdefault(k, v)
+    return renamed
 
 
 def _cfg(url: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -582,12 +368,11 @@ _GIANT: dict[str, Any] = {
     "embed_dims": (384, 768, 1536, 3072),
     "num_heads": (12, 24, 48, 96),
 }
-_FL: dict[str, Any] = {"window_size": 12, "down_kernel_size": 3, "channel_attn_v2": True, "named_blocks": True}
+_FL: dict[str, Any] = {"window_size": 12, "down_kernel_size": 3, "channel_attn_v2": True}
 
 
 def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> DaViT:
-    args = {**args, **kwargs}
-    return build_model(DaViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **args)  # type: ignore[return-value]
+    return build_model(DaViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **kwargs})
 
 
 @register_model

@@ -4,14 +4,16 @@ Scaling Local Self-Attention for Parameter Efficient Visual Backbones, https://a
 No official code or weights exist; the published checkpoints are those of timm
 (https://github.com/huggingface/pytorch-image-models, byoanet.py and layers/halo_attn.py, Apache-2.0).
 
-The network around the attention is timm's ByobNet. What differs from timm:
+The network around the attention is timm's ByobNet, and so are its parameters' names. What differs from timm:
 - The attention runs on `zoo.ops.halo`, and takes maps of any size (timm: multiples of the block size only).
 - The fixed-size attention of BoTNet in the last stage of two variants takes any size as well: its relative position
   tables are interpolated to the map. At the size they were made for, the numbers are timm's.
 - Average pools round odd sizes up, as the strided convolutions beside them do.
 - `border="mask"` leaves what lies outside the map out of the softmax.
+- Feature maps come in either layout.
 """
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, interleave_blocks
 from torch import Tensor, nn
 
-from zoo.ops.halo import halo_attention
+from zoo.ops.scriptable import halo_attention
 
-from ._builder import build_model, published_cfg
+from ._build import build_model, published_cfg
+from ._pyramid import FamilyFacts, as_format, check_output_fmt
 
 __all__ = ["HaloNet"]
 
@@ -96,7 +99,7 @@ class HaloAttention(nn.Module):
         self.stride = 1 if pool else stride
         self.block_size = block_size
         self.halo_size = halo_size
-        self.mask_border = border == "mask"
+        self.border = border
         self.attn_backend = attn_backend
         # timm's q @ k is scaled and its q @ rel is not; with scale_pos_embed both are: then q itself is scaled.
         self.q_scale = self.dim_qk**-0.5 if scale_pos_embed else 1.0
@@ -125,24 +128,18 @@ class HaloAttention(nn.Module):
         kv = F.linear(tokens, self.kv.weight.flatten(1), self.kv.bias)
         kv = kv.unflatten(-1, (self.num_heads, self.dim_qk + self.dim_v))
         k, v = kv[..., : self.dim_qk], kv[..., self.dim_qk :]
-        if torch.jit.is_scripting():
-            out = torch.ops.zoo.halo_attention(
-                q, k, v, self.pos_embed.height_rel, self.pos_embed.width_rel,
-                self.block_size, self.halo_size, self.stride, self.mask_border, self.scale, "auto",
-            )[0]  # fmt: skip
-        else:
-            out = halo_attention(
-                q,
-                k,
-                v,
-                self.block_size,
-                self.halo_size,
-                rel_height=self.pos_embed.height_rel,
-                rel_width=self.pos_embed.width_rel,
-                border="mask" if self.mask_border else "zero",
-                scale=self.scale,
-                backend=self.attn_backend,
-            )
+        out = halo_attention(
+            q,
+            k,
+            v,
+            self.block_size,
+            self.halo_size,
+            rel_height=self.pos_embed.height_rel,
+            rel_width=self.pos_embed.width_rel,
+            border=self.border,
+            scale=self.scale,
+            backend=self.attn_backend,
+        )
         out = out.flatten(3).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
         if x.is_contiguous():
             out = out.contiguous()
@@ -232,7 +229,14 @@ def _toeplitz(table: Tensor) -> Tensor:
     return table[index.unsqueeze(0) - index.unsqueeze(1) + n - 1]
 
 
-class HaloNet(ByobNet):
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a function under another name, for TorchScript: it has no super(), and knows a method by its name."""
+    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__annotations__ = function.__annotations__
+    return copy
+
+
+class HaloNet(FamilyFacts, ByobNet):
     """HaloNet.
 
     Args:
@@ -243,6 +247,8 @@ class HaloNet(ByobNet):
             drop_path_rate, device, dtype, ...) and fields of cfg.
     """
 
+    no_decay = ("height_rel", "width_rel")
+
     def __init__(self, cfg: ByoModelCfg, attn_backend: str | None = None, border: str = "zero", **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)
         if border not in ("zero", "mask"):
@@ -250,11 +256,31 @@ class HaloNet(ByobNet):
         for module in self.modules():
             if isinstance(module, HaloAttention):
                 module.attn_backend = attn_backend
-                module.mask_border = border == "mask"
+                module.border = border
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {n for n, _ in self.named_parameters() if n.endswith(("height_rel", "width_rel"))}
+    _timm_intermediates = _renamed(ByobNet.forward_intermediates, "_timm_intermediates")
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        exclude_final_conv: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As timm's, with the layouts "NCHW" and "NHWC".
+
+        Raises:
+            ValueError: output_fmt is neither.
+        """
+        check_output_fmt(output_fmt)
+        found = self._timm_intermediates(x, indices, norm, stop_early, "NCHW", intermediates_only, exclude_final_conv)
+        if isinstance(found, list):
+            return [as_format(m, False, output_fmt) for m in found]
+        final, maps = found
+        return final, [as_format(m, False, output_fmt) for m in maps]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -390,7 +416,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant: str, model: str, pretrained: bool, **kwargs: Any) -> HaloNet:
-    return build_model(  # type: ignore[return-value]
+    return build_model(
         HaloNet,
         variant,
         pretrained,

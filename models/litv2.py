@@ -4,14 +4,13 @@ Paper: "Fast Vision Transformers with HiLo Attention" (NeurIPS 2022), https://ar
 Original: https://github.com/ziplab/LITv2 (Apache-2.0), classification/models and the detection and segmentation
 backbones beside it.
 
-Numbers and parameter names are the original's. What differs:
+Numbers are the original's. What differs:
 - any image size is accepted, with the semantics of the dense backbones: the image is zero-padded to the patch size,
   HiLo pads its normalised input with zeros that are attended to, and the deformable token merging floors odd maps. At
   the sizes that the original classifier accepts nothing is padded and both agree;
 - `dense=True` is the detection backbone (norms on the outputs of stages 2 to 4, none on the first), and
   `dense=True, dense_norms=(0, 1, 2, 3)` the segmentation backbone; `local_ws=4` gives their larger windows. Use them
-  with `features_only=True`. Their `norm0` .. `norm3` are `out_norms.0` .. `out_norms.3` here; a detector's file is read
-  by its `backbone.` entries;
+  with `features_only=True`. A detector's file is read by its `backbone.` entries;
 - the deformable convolution is torchvision's and takes any batch size; bfloat16 and float16 maps are sampled in
   float32. Published recipes train its offsets (`conv_offset`) at 0.01 of the learning rate.
 
@@ -19,49 +18,34 @@ The published ablation checkpoints of LITv2-S (alpha_0.pth to alpha_1.pth in rel
 `litv2_s` with `alpha=` 0, 0.2, 0.4, 0.5, 0.7, 0.9 or 1.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
-from timm.models._features import feature_take_indices
 from torch import Tensor
 from torchvision import ops as _torchvision_ops  # noqa: F401  (registers torch.ops.torchvision)
 
-from zoo.models._builder import build_model, published_cfg
-from zoo.models._layers import Classifier, Stage, init_linear
-from zoo.ops.window import window_attention_qkvpacked
+from zoo.ops.scriptable import window_attention_qkvpacked
+
+from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._pyramid import PatchEmbed, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["LITv2"]
 
 
-class PatchEmbed(nn.Module):
-    """4x4 convolution of stride 4 and a LayerNorm; the image is zero-padded to a multiple of 4."""
-
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 4, 4, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, _, H, W = x.shape
-        x = F.pad(x, (0, (4 - W % 4) % 4, 0, (4 - H % 4) % 4))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-
-
-class DWConv(nn.Module):
-    """Depthwise 3x3 convolution of [B, H, W, C]."""
+class DWConv(nn.Conv2d):
+    """Depthwise 3x3 convolution of (B, H, W, C)."""
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups).permute(0, 2, 3, 1)
 
 
 class DWMlp(nn.Module):
@@ -82,7 +66,7 @@ class DWMlp(nn.Module):
         return self.drop(self.fc2(self.act(self.dwconv(self.fc1(x)))))
 
 
-@register_notrace_module  # padding depends on sizes, and TorchScript needs the branch for the op
+@register_notrace_module  # padding depends on sizes
 class HiLo(nn.Module):
     """HiLo attention on [B, H, W, C]: some heads attend inside windows, the others to window averages.
 
@@ -113,7 +97,6 @@ class HiLo(nn.Module):
         self.head_dim = dim // num_heads
         self.window_size = window_size
         self.attn_backend = attn_backend
-        self.script_backend = attn_backend or "auto"
         self.l_heads = num_heads if window_size == 1 else int(num_heads * alpha)
         self.h_heads = num_heads - self.l_heads
         l_dim, h_dim = self.l_heads * self.head_dim, self.h_heads * self.head_dim
@@ -128,11 +111,7 @@ class HiLo(nn.Module):
         B, H, W, _ = x.shape
         ws = self.window_size
         qkv = self.h_qkv(x).reshape(B, H, W, 3, self.h_heads, self.head_dim)
-        if torch.jit.is_scripting():
-            scale, backend = self.head_dim**-0.5, self.script_backend
-            x, _ = torch.ops.zoo.window_attention_qkvpacked(qkv, None, ws, ws, 0, 0, False, scale, backend)
-        else:
-            x = window_attention_qkvpacked(qkv, ws, backend=self.attn_backend)
+        x = window_attention_qkvpacked(qkv, ws, backend=self.attn_backend)
         return self.h_proj(x.flatten(3))
 
     def lofi(self, x: Tensor, H: int, W: int) -> Tensor:
@@ -231,15 +210,15 @@ class DTM(nn.Module):
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.dconv = DeformConv2dPack(dim, out_dim, device=device, dtype=dtype)
-        self.norm_layer = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dconv(x.permute(0, 3, 1, 2))
-        return self.act(self.norm_layer(x)).permute(0, 2, 3, 1)
+        return self.act(self.norm(x)).permute(0, 2, 3, 1)
 
 
-class LITv2(Classifier):
+class LITv2(Pyramid):
     """Vision transformer with HiLo attention in its last stages and convolutional MLPs in its first.
 
     Args:
@@ -261,6 +240,10 @@ class LITv2(Classifier):
         drop_path_rate: stochastic depth, growing linearly to this rate at the last block.
         attn_backend: path of the window attention op, None chooses.
     """
+
+    channels_last = True
+    out_norms = (1, 2, 3)
+    slow_parameters = {"dconv.conv_offset": 0.01}  # the offsets of the token merging
 
     def __init__(
         self,
@@ -284,18 +267,14 @@ class LITv2(Classifier):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         windows = (0, 0, local_ws, 1) if isinstance(local_ws, int) else tuple(local_ws)
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        self.in_chans = in_chans
-        self.num_features = dims[-1]
-        self.feature_info: list[dict[str, Any]] = []
-
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, **dd)
-        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        super().__init__(in_chans, dims[-1])
+        self.stem = PatchEmbed(in_chans, embed_dim, **dd)
         stages = []
-        for i, dim in enumerate(dims):
+        for i, (dim, rates) in enumerate(zip(dims, stage_rates(drop_path_rate, depths), strict=True)):
+            downsample = DTM(dims[i - 1], dim, **dd) if i else None
             blocks = [
                 Block(
                     dim,
@@ -309,112 +288,39 @@ class LITv2(Classifier):
                     drop_path=rate,
                     **dd,
                 )
-                for rate in rates[i]
+                for rate in rates
             ]
-            last = i + 1 == len(dims)
-            stages.append(Stage(blocks, None if last else DTM(dim, dims[i + 1], **dd)))
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"layers.{i}.blocks"})
-        self.layers = nn.Sequential(*stages)
-        normed = tuple(dense_norms) if dense else ()
-        self.out_norms = nn.ModuleList(
-            nn.LayerNorm(dim, **dd) if i in normed else nn.Identity() for i, dim in enumerate(dims)
-        )
+            out_norm = nn.LayerNorm(dim, **dd) if dense and i in dense_norms else None
+            stages.append(Stage(blocks, downsample, out_norm=out_norm))
+        self.add_stages(stages, dims)
         self.norm = nn.Identity() if dense else nn.LayerNorm(self.num_features, **dd)
-        self.add_classifier(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.add_head(num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.downsample", (99999,)),
-            (r"^(?:norm|out_norms)\.", (99999,)),
-        ]
-        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' outputs, before each token merging; those of a dense backbone with their norms.
-
-        Args:
-            x: image batch.
-            indices: stages to return: the last n if an int, all if None.
-            norm: apply the classifier's final norm to the last stage's output.
-            stop_early: do not run the stages after the last one asked for.
-            output_fmt: "NCHW".
-            intermediates_only: leave the final features out.
-        """
-        assert output_fmt in ("NCHW",), "Output shape must be NCHW."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        last = len(self.layers) - 1
-        x = self.patch_embed(x)
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.layers
-            out_norms = self.out_norms
-        else:
-            stages = self.layers[: max_index + 1]
-            out_norms = self.out_norms[: max_index + 1]
-        y = x
-        for i, (stage, out_norm) in enumerate(zip(stages, out_norms)):  # noqa: B905  (TorchScript has no strict=)
-            x = stage.forward_blocks(x)  # type: ignore[operator]
-            if i in take_indices or i == last:
-                y = out_norm(x)
-                if i in take_indices:
-                    tap = self.norm(y) if norm and i == last else y
-                    intermediates.append(tap.permute(0, 3, 1, 2))
-            x = stage.downsample(x)  # type: ignore[operator]
-        if intermediates_only:
-            return intermediates
-        return self.norm(y).permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the layers that the given stages do not need."""
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        prune_end = max_index < len(self.layers) - 1
-        self.layers = self.layers[: max_index + 1]
-        self.out_norms = self.out_norms[: max_index + 1]
-        for i in range(max_index):
-            if i not in take_indices:
-                self.out_norms[i] = nn.Identity()
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()
-        if prune_end:
-            self.layers[max_index].downsample = nn.Identity()
-            self.num_features = self.head_dim = self.feature_info[max_index]["num_chs"]
-        if prune_end or prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.layers(self.patch_embed(x))
-        return self.norm(self.out_norms[-1](x)).permute(0, 3, 1, 2)
+_RENAMED = (
+    (r"^backbone\.", ""),
+    (r"^patch_embed\.", "stem."),
+    (r"^layers\.(\d+)\.downsample\.norm_layer\.", moved_by(1, "stages.{}.downsample.norm.")),
+    (r"^layers\.(\d+)\.downsample\.", moved_by(1, "stages.{}.downsample.")),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"^(?:norm|out_norms\.)(\d)\.", r"stages.\1.out_norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published keys to ours, a detector's or segmentor's file reduced to its backbone; our own keys pass unchanged."""
-    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    return {re.sub(r"^norm(\d)\.", r"out_norms.\1.", k): v for k, v in (backbone or state_dict).items()}
+    """The published names to ours; of a detector's or segmentor's file the backbone."""
+    backbone = {k: v for k, v in state_dict.items() if k.startswith("backbone.")}
+    return rename_keys(backbone or state_dict, _RENAMED)
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
     return published_cfg(
         f"https://github.com/ziplab/LITv2/releases/download/v1.0/{name}.pth",
-        first_conv="patch_embed.proj",
-        classifier="head",
+        first_conv="stem.proj",
+        classifier="head.fc",
         license="apache-2.0",
         paper_name="Fast Vision Transformers with HiLo Attention",
         paper_ids=("arXiv:2205.13213",),
@@ -441,8 +347,7 @@ _BASE: dict[str, Any] = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads":
 def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> LITv2:
     if kwargs.get("dense"):
         kwargs.setdefault("num_classes", 0)  # published dense backbones have no classifier
-    model = build_model(LITv2, variant, pretrained, filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))
-    return cast(LITv2, model)
+    return build_model(LITv2, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **kwargs})
 
 
 @register_model

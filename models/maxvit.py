@@ -2,7 +2,8 @@
 
 Original: https://github.com/google-research/maxvit (TensorFlow, Apache-2.0), variants `tf`. The variants `rw`, `rmlp`
 and `pm` are those of https://github.com/huggingface/pytorch-image-models (Apache-2.0), whose conversions of the
-original weights these models read too: parameter names and numbers are timm's.
+original weights these models read too: parameter names and numbers are timm's. A stage halves the map in its first
+block, so it has no downsampling of its own.
 
 What differs: attention runs through `zoo.ops.window`, so every input size is accepted (windows and grids that do not
 fill the map see no padding), convolutions run channels-last, and an odd side is pooled over the pixels that are there.
@@ -17,17 +18,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ClassifierHead,
     DropPath,
     LayerScale,
     Mlp,
     NormMlpClassifierHead,
     SEModule,
-    calculate_drop_path_rates,
     create_conv2d,
     create_pool2d,
     get_act_layer,
-    get_device_dtype,
     get_norm_act_layer,
     get_norm_layer,
     make_divisible,
@@ -35,27 +33,16 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, named_apply, register_model
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from zoo.models._builder import build_model, published_cfg, register_notrace
-from zoo.ops.window import window_attention_qkvpacked
+from zoo.ops.scriptable import window_attention_qkvpacked
+
+from ._build import build_model, published_cfg
+from ._pyramid import Pyramid, Stage, stage_rates
 
 __all__ = ["MaxViT"]
-
-
-def attend(qkv: Tensor, bias: Tensor, window: tuple[int, int], grid: bool, backend: str | None) -> Tensor:
-    """Window attention of qkv (B, H, W, 3, heads, d) in a form that TorchScript and FX take."""
-    if torch.jit.is_scripting():
-        h, w = window
-        scale = qkv.shape[5] ** -0.5
-        return torch.ops.zoo.window_attention_qkvpacked(qkv, bias, h, w, 0, 0, grid, scale, "auto")[0]
-    return window_attention_qkvpacked(qkv, window, grid=grid, bias=bias, backend=backend)
-
-
-register_notrace(attend)
 
 
 class Downsample2d(nn.Module):
@@ -250,7 +237,9 @@ class Attention(nn.Module):
             qkv = qkv.view(B, H, W, self.num_heads, 3, self.dim_head).transpose(3, 4)
         else:
             qkv = qkv.view(B, H, W, 3, self.num_heads, self.dim_head)
-        x = attend(qkv, self.rel_pos(), self.partition_size, self.grid, self.attn_backend)
+        x = window_attention_qkvpacked(
+            qkv, self.partition_size, grid=self.grid, bias=self.rel_pos(), backend=self.attn_backend
+        )
         return self.proj_drop(self.proj(x.flatten(3)))  # (B, H, W, dim_out)
 
 
@@ -337,33 +326,6 @@ class ParallelMaxVitBlock(nn.Module):
         return self.attn(x).permute(0, 3, 1, 2)
 
 
-class MaxVitStage(nn.Module):
-    """Halves the map in its first block."""
-
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        depth: int,
-        block: Callable[..., nn.Module],
-        drop_path: Sequence[float],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(
-            *(
-                block(out_chs if i else in_chs, out_chs, stride=1 if i else 2, drop_path=drop_path[i], **kwargs)
-                for i in range(depth)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class Stem(nn.Module):
     """3x3 with stride 2, norm, activation, 3x3."""
 
@@ -391,7 +353,7 @@ class Stem(nn.Module):
         return self.conv2(self.norm1(x))
 
 
-class MaxViT(nn.Module):
+class MaxViT(Pyramid):
     """MaxViT: a stem and four stages of blocks with convolution, window attention and grid attention.
 
     Args:
@@ -424,6 +386,9 @@ class MaxViT(nn.Module):
     Raises:
         ValueError: an option is unknown or does not fit.
     """
+
+    stem_feature = True
+    no_decay = ("relative_position_bias_table", "rel_pos.mlp")
 
     def __init__(
         self,
@@ -458,7 +423,6 @@ class MaxViT(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if len(embed_dims) != len(depths):
             raise ValueError(f"MaxViT: embed_dims {embed_dims} and depths {depths} must have one entry per stage")
@@ -469,18 +433,12 @@ class MaxViT(nn.Module):
         }.get(rel_pos)
         if rel_pos_cls is None:
             raise ValueError(f"MaxViT: rel_pos must be 'table', 'bias' or 'mlp', got {rel_pos!r}")
+        super().__init__(in_chans, embed_dims[-1])
         self.img_size = to_2tuple(img_size)
         partition = to_2tuple(partition_size) if partition_size else tuple(max(1, s // 32) for s in self.img_size)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.global_pool = global_pool
-        self.num_features = self.embed_dim = embed_dims[-1]
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-
         widths = to_2tuple(stem_width)
         self.stem = Stem(in_chans, widths, stem_bias, conv_act, conv_norm_eps, padding, **dd)
-        self.feature_info = [{"num_chs": widths[1], "reduction": 2, "module": "stem"}]
+        self.feature_info.append({"num_chs": widths[1], "reduction": 2, "module": "stem"})
         conv = {
             "expand_output": expand_output,
             "output_bias": output_bias,
@@ -501,32 +459,26 @@ class MaxViT(nn.Module):
             "attn_backend": attn_backend,
         }
         block = ParallelMaxVitBlock if parallel else MaxVitBlock
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         in_chs = widths[1]
-        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            stages.append(MaxVitStage(in_chs, dim, depth, block, rates[i], conv=conv, attn=attn, **dd))
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+        for dim, rates in zip(embed_dims, stage_rates(drop_path_rate, depths), strict=True):
+            blocks = [
+                block(dim if j else in_chs, dim, stride=1 if j else 2, drop_path=rate, conv=conv, attn=attn, **dd)
+                for j, rate in enumerate(rates)
+            ]
+            stages.append(Stage(blocks))
             in_chs = dim
-        self.stages = nn.Sequential(*stages)
+        self.add_stages(stages, embed_dims)
 
         norm = partial(get_norm_layer("layernorm2d"), eps=norm_eps)
-        pool: dict[str, Any] = {"pool_type": global_pool, "drop_rate": drop_rate, **dd}
-        self.norm: nn.Module = nn.Identity()
-        self.head: NormMlpClassifierHead | ClassifierHead
         if head_hidden_size:
-            self.head = NormMlpClassifierHead(in_chs, num_classes, head_hidden_size, norm_layer=norm, **pool)
+            head = {"head": NormMlpClassifierHead, "hidden_size": head_hidden_size, "norm_layer": norm}
+            self.add_head(num_classes, global_pool, drop_rate, **head, **dd)
         else:
             self.norm = norm(in_chs, **dd)
-            self.head = ClassifierHead(in_chs, num_classes, **pool)
-        self.head_hidden_size = self.head.num_features
+            self.add_head(num_classes, global_pool, drop_rate, **dd)
         for part in (self.stem, self.stages):
             named_apply(_init_weights, part)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        names = ("relative_position_bias_table", "rel_pos.mlp")
-        return {k for k, _ in self.named_parameters() if any(n in k for n in names)}
 
     @torch.jit.ignore
     def set_input_size(
@@ -542,100 +494,6 @@ class MaxViT(nn.Module):
             if isinstance(module, Attention):
                 module.set_partition_size(partition)
         update_model_input_size(self, self.img_size, partition_size=partition)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^stem", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        self.head.reset(
-            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
-        )
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stem (index 0) and the stages, and the final map unless intermediates_only.
-
-        Args:
-            x: (B, C, H, W).
-            indices: the last n maps if one number, all if None, else those listed.
-            norm: apply the final norm to the last stage's map.
-            stop_early: do not run past the last map asked for.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"MaxViT: output_fmt must be 'NCHW', got '{output_fmt}'")
-        last = len(self.stages)
-        take_indices, max_index = feature_take_indices(last + 1, indices)
-        intermediates = []
-        x = self.stem(x)
-        if 0 in take_indices:
-            intermediates.append(x)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
-            stages = self.stages
-        else:
-            stages = self.stages[:max_index]
-        index = 0
-        for stage in stages:
-            index += 1
-            x = stage(x)
-            if index in take_indices:
-                if norm and index == last:
-                    intermediates.append(self.norm(x))
-                else:
-                    intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        if index == last:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the intermediates at `indices` do not need; the indices of those that stay."""
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        shortened = max_index < len(self.stages)
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        self.stages = self.stages[:max_index]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "", reset_other=True)
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
@@ -786,7 +644,7 @@ _XLARGE_TF: dict[str, Any] = {
 def _create(variant: str, pretrained: bool, args: dict[str, Any], img_size: int, kwargs: dict[str, Any]) -> MaxViT:
     args = {**args, "img_size": img_size, **kwargs}
     feature_cfg = {"out_indices": (0, 1, 2, 3, 4)}
-    return build_model(MaxViT, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args)  # type: ignore[return-value]
+    return build_model(MaxViT, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args)
 
 
 @register_model

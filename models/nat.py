@@ -4,10 +4,10 @@ Papers: "Neighborhood Attention Transformer" (CVPR 2023), https://arxiv.org/abs/
         "Dilated Neighborhood Attention Transformer", https://arxiv.org/abs/2209.15001
 Original: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (classification/nat.py, dinat.py; MIT).
 
-Numbers and parameter names are the original's. What differs:
-- `forward_features` gives the normed map, NCHW; pooling belongs to `forward_head`;
+Numbers are the original's. What differs:
+- `forward_features` gives the normed map, NCHW; pooling belongs to the head;
 - `drop_rate` is the dropout before the classifier only, `proj_drop_rate` that of the projections and MLPs;
-- `kernel_size` and `dilations` may differ from level to level, and `dilations` may be shorter than a level.
+- `kernel_size` and `dilations` may differ from stage to stage, and `dilations` may be shorter than a stage.
 
 Any image size is accepted: a map smaller than kernel_size x dilation is zero-padded inside the attention.
 """
@@ -16,25 +16,143 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import calculate_drop_path_rates
-from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from ._builder import build_model, published_cfg
-from ._layers import (
-    Classifier,
-    Dilations,
-    NormLayer,
-    check_image_size,
-    init_linear,
-    neighborhood_stage,
-    per_block,
-    per_level,
-    resize_bias_tables,
-)
+from zoo.ops.neighborhood.reference import axis_windows
+from zoo.ops.scriptable import neighborhood_attention_qkvpacked
+
+from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._pyramid import NormLayer, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["NAT"]
+
+Dilations = int | Sequence[int | Sequence[int]] | None
+
+
+@register_notrace_module  # padding depends on the size
+class NeighborhoodAttention(nn.Module):
+    """Neighborhood attention with its projections on [B, H, W, C].
+
+    A map smaller than kernel_size * dilation is zero-padded to that size on the right and bottom before the
+    projections, so that the padding has the bias of qkv for key and value and is attended to (natten 0.15.1,
+    natten2d.py). Parameters are named as in natten: qkv, rpb, proj.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        kernel_size: keys per axis.
+        dilation: distance in tokens between keys.
+        qkv_bias: whether the qkv projection has a bias.
+        qk_scale: factor of the scores; head_dim ** -0.5 unless given.
+        attn_drop: dropout of the attention weights in training, which takes a slower plain PyTorch path.
+        proj_drop: dropout after the output projection.
+        attn_backend: path of the op, None chooses.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int = 1,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_backend: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.scale = float(qk_scale) if qk_scale else self.head_dim**-0.5
+        self.attn_drop = attn_drop
+        self.attn_backend = attn_backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        kernel, dilation = self.kernel_size, self.dilation
+        height, width = max(H, kernel * dilation), max(W, kernel * dilation)
+        if height > H or width > W:
+            x = F.pad(x, (0, 0, 0, width - W, 0, height - H))
+        qkv = self.qkv(x).reshape(B, height, width, 3, self.num_heads, self.head_dim)
+        if self.training and self.attn_drop > 0.0:
+            x = _attention_with_dropout(qkv, self.rpb, kernel, dilation, self.scale, self.attn_drop)
+        else:
+            x = neighborhood_attention_qkvpacked(
+                qkv, kernel, dilation=dilation, bias=self.rpb, scale=self.scale, backend=self.attn_backend
+            )
+        x = x.reshape(B, height, width, C)
+        if height > H or width > W:
+            x = x[:, :H, :W]
+        return self.proj_drop(self.proj(x))
+
+
+def _attention_with_dropout(
+    qkv: Tensor, bias: Tensor, kernel_size: int, dilation: int, scale: float, drop: float
+) -> Tensor:
+    if torch.jit.is_scripting():
+        raise NotImplementedError("attention dropout is not available in TorchScript")
+    return _attend_and_drop(qkv, bias, kernel_size, dilation, scale, drop)
+
+
+@torch.jit.ignore
+def _attend_and_drop(qkv: Tensor, bias: Tensor, kernel_size: int, dilation: int, scale: float, drop: float) -> Tensor:
+    """neighborhood_attention whose weights, which the op never forms, go through dropout."""
+    q, k, v = qkv.unbind(3)  # (B, H, W, nh, d)
+    keys, offsets = [], []
+    for axis, shape in ((1, (-1, 1, kernel_size, 1)), (2, (1, -1, 1, kernel_size))):
+        key, offset, _ = axis_windows(q.shape[axis], kernel_size, dilation, 1, False, q.device)
+        keys.append(key.reshape(shape))
+        offsets.append(offset.reshape(shape))
+    k, v = (x[:, keys[0], keys[1]].flatten(3, 4) for x in (k, v))  # (B, H, W, keys, nh, d)
+    logits = torch.einsum("bhwnd,bhwknd->bhwnk", q * scale, k)
+    logits = logits + bias[:, offsets[0], offsets[1]].flatten(3).permute(1, 2, 0, 3)  # (H, W, nh, keys)
+    return torch.einsum("bhwnk,bhwknd->bhwnd", F.dropout(logits.softmax(-1), drop).to(v.dtype), v)
+
+
+class Block(nn.Module):
+    """Attention and MLP on [B, H, W, C], pre-norm, each branch with stochastic depth and, if asked, layer scale."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_layer: NormLayer = nn.LayerNorm,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ConvTokenizer(nn.Module):
@@ -45,6 +163,7 @@ class ConvTokenizer(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.patch_size = 4
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd),
             nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd),
@@ -68,7 +187,64 @@ class ConvDownsampler(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class NAT(Classifier):
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
+    """One positive int per stage from an int or a sequence.
+
+    Raises:
+        ValueError: there is not one value per stage, or one is no positive int.
+    """
+    values = list(value) if isinstance(value, Sequence) else [value] * stages
+    if len(values) != stages or not all(map(_is_size, values)):
+        raise ValueError(f"{name} must be a positive int or {stages} of them, one per stage; got {value!r}")
+    return values
+
+
+def per_block(dilations: Dilations, depths: Sequence[int]) -> list[list[int]]:
+    """The dilation of every block of every stage.
+
+    Args:
+        dilations: None (no dilation), an int for all blocks, or for each stage an int or a sequence, which is repeated
+            over the stage's blocks: (1, 8) in a stage of three blocks means 1, 8, 1.
+        depths: blocks of each stage.
+
+    Raises:
+        ValueError: there is not one entry per stage, or a value is no positive int.
+    """
+    common = 1 if dilations is None else dilations
+    entries = list(common) if isinstance(common, Sequence) else [common] * len(depths)
+    patterns = [list(entry) if isinstance(entry, Sequence) else [entry] for entry in entries]
+    if len(patterns) != len(depths) or not all(p and all(map(_is_size, p)) for p in patterns):
+        raise ValueError(
+            f"dilations must be None, a positive int, or for each of the {len(depths)} stages a positive int or a "
+            f"sequence of them; got {dilations!r}"
+        )
+    return [[pattern[i % len(pattern)] for i in range(depth)] for pattern, depth in zip(patterns, depths, strict=True)]
+
+
+def check_image_size(value: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from an int or a pair.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    sizes = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(sizes) != 2 or not all(map(_is_size, sizes)):
+        raise ValueError(f"img_size must be a positive int or a pair of them, got {value!r}")
+    return sizes[0], sizes[1]
+
+
+def resize_table(table: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic interpolation of a [heads, ., .] bias table, as Swin does; offset 0 stays in the middle."""
+    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+    resized = F.interpolate(table.to(dtype).unsqueeze(0), size=[height, width], mode="bicubic", align_corners=False)
+    return resized.squeeze(0).to(table.dtype)
+
+
+class NAT(Pyramid):
     """Neighborhood Attention Transformer.
 
     Args:
@@ -76,11 +252,11 @@ class NAT(Classifier):
         num_classes: classes; 0 leaves the classifier out.
         global_pool: timm's pooling names; "" keeps the map.
         img_size: the image size in pixels that the model is meant for; recorded only, every size runs.
-        embed_dim: channels of the first level; each further level has twice as many.
-        depths: blocks of each level.
-        num_heads: attention heads of each level.
-        kernel_size: keys per axis and query, an int or one per level.
-        dilations: None, an int, or for each level an int or a sequence that is repeated over its blocks.
+        embed_dim: channels of the first stage; each further stage has twice as many.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        kernel_size: keys per axis and query, an int or one per stage.
+        dilations: None, an int, or for each stage an int or a sequence that is repeated over its blocks.
         mlp_ratio: hidden width of the MLP over its input's.
         qkv_bias: whether the qkv projections have a bias.
         qk_scale: factor of the scores; head_dim ** -0.5 unless given.
@@ -90,11 +266,17 @@ class NAT(Classifier):
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth, growing linearly to this rate at the last block.
         norm_layer: norm over the last dimension.
+        embed_layer: the stem, from (B, C, H, W) to (B, H/p, W/p, embed_dim), where p is its `patch_size`.
+        downsample_layer: between two stages, from C to 2 C channels on half the map.
         attn_backend: path of the op, None chooses.
 
     Raises:
         ValueError: depths, num_heads, kernel_size, dilations or img_size do not fit.
     """
+
+    channels_last = True
+    out_norms = (0, 1, 2, 3)
+    no_decay = (".rpb",)
 
     def __init__(
         self,
@@ -116,130 +298,62 @@ class NAT(Classifier):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
         norm_layer: NormLayer = nn.LayerNorm,
+        embed_layer: Callable[..., nn.Module] = ConvTokenizer,
+        downsample_layer: Callable[..., nn.Module] = ConvDownsampler,
         attn_backend: str | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        depths, num_heads = list(depths), per_level("num_heads", num_heads, len(depths))
-        self.in_chans = in_chans
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        super().__init__(in_chans, dims[-1])
         self.img_size = None if img_size is None else check_image_size(img_size)
-        self.num_features = embed_dim * 2 ** (len(depths) - 1)
-        self.feature_info: list[dict[str, Any]] = []
-
-        self.patch_embed = ConvTokenizer(in_chans, embed_dim, norm_layer, **dd)
-        kernel_sizes = per_level("kernel_size", kernel_size, len(depths))
+        num_heads = per_stage("num_heads", num_heads, len(depths))
+        kernel_sizes = per_stage("kernel_size", kernel_size, len(depths))
         block_dilations = per_block(dilations, depths)
-        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, depths, stagewise=True))
-        levels = []
-        for i in range(len(depths)):
-            dim = embed_dim * 2**i
-            levels.append(
-                neighborhood_stage(
-                    dim,
-                    num_heads[i],
-                    kernel_sizes[i],
-                    block_dilations[i],
-                    rates[i],
-                    ConvDownsampler(dim, norm_layer, **dd) if i < len(depths) - 1 else None,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
-                    attn_drop=attn_drop_rate,
-                    proj_drop=proj_drop_rate,
-                    layer_scale=layer_scale,
-                    norm_layer=norm_layer,
-                    attn_backend=attn_backend,
-                    **dd,
-                )
-            )
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"levels.{i}.blocks"})
-        self.levels = nn.Sequential(*levels)
+        rates = stage_rates(drop_path_rate, depths)
 
+        self.stem = embed_layer(in_chans, embed_dim, norm_layer=norm_layer, **dd)
+        stages = []
+        downsample: nn.Module | None = None
+        for i, dim in enumerate(dims):
+            # the next one is drawn before this stage's blocks: what a seed has meant all along
+            following = downsample_layer(dim, norm_layer=norm_layer, **dd) if i + 1 < len(dims) else None
+            blocks = []
+            for dilation, rate in zip(block_dilations[i], rates[i], strict=True):
+                attn = NeighborhoodAttention(
+                    dim, num_heads[i], kernel_sizes[i], dilation, qkv_bias, qk_scale,
+                    attn_drop_rate, proj_drop_rate, attn_backend, **dd,
+                )  # fmt: skip
+                blocks.append(Block(dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, norm_layer, **dd))
+            stages.append(Stage(blocks, downsample))
+            downsample = following
+        self.add_stages(stages, dims, cast(int, self.stem.patch_size))
         self.norm = norm_layer(self.num_features, **dd)
-        self.add_classifier(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.add_head(num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [
-            (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-            (r"^levels\.(\d+)\.downsample", (99999,)),
-            (r"^norm\.", (99999,)),
-        ]
-        return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)" if coarse else blocks}
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The levels' outputs, before each downsampling.
-
-        Args:
-            x: image batch.
-            indices: levels to return: the last n if an int, all if None.
-            norm: apply the final norm to the last level's output.
-            stop_early: do not run the levels after the last one asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: leave the final features (NCHW) out.
-        """
-        assert output_fmt in ("NCHW", "NHWC"), "Output shape must be NCHW or NHWC."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.levels), indices)
-        last = len(self.levels) - 1
-        x = self.patch_embed(x)
-        if torch.jit.is_scripting() or not stop_early:
-            levels = self.levels
-        else:
-            levels = self.levels[: max_index + 1]
-        end = len(levels) - 1
-        for i, level in enumerate(levels):
-            x = level.forward_blocks(x)  # type: ignore[operator]
-            if i in take_indices:
-                taken = self.norm(x) if norm and i == last else x
-                intermediates.append(taken.permute(0, 3, 1, 2) if output_fmt == "NCHW" else taken)
-            if i < end:
-                x = level.downsample(x)  # type: ignore[operator]
-        if intermediates_only:
-            return intermediates
-        if end == last:
-            x = self.norm(x)
-        return x.permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the layers that the given levels do not need; the final norm and head fit the last level only."""
-        take_indices, max_index = feature_take_indices(len(self.levels), indices)
-        prune_end = max_index < len(self.levels) - 1
-        self.levels = self.levels[: max_index + 1]
-        if prune_end:
-            self.levels[max_index].downsample = nn.Identity()
-            self.num_features = self.head_dim = self.feature_info[max_index]["num_chs"]
-        if prune_end or prune_norm:
-            self.norm = nn.Identity()
-        if prune_end or prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.levels(self.patch_embed(x))
-        return self.norm(x).permute(0, 3, 1, 2)  # (B, C, H, W)
+# NAT and DiNAT say levels, DiNAT_s layers, and both end a stage with its downsampling
+_RENAMED = (
+    (r"^patch_embed\.", "stem."),
+    (r"^(?:levels|layers)\.(\d+)\.downsample\.", moved_by(1, "stages.{}.downsample.")),
+    (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published names are ours; bias tables of another kernel size are resized."""
-    return resize_bias_tables(state_dict, model)
+    """The published names to ours; bias tables of another kernel or map size are resized."""
+    renamed = rename_keys(state_dict, _RENAMED)
+    own = {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith("attn.rpb")}
+    return {
+        name: resize_table(value, own[name][1], own[name][2])
+        if value.dim() == 3 and own.get(name, value.shape) != value.shape
+        else value
+        for name, value in renamed.items()
+    }
 
 
 def _cfg(path: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -248,8 +362,8 @@ def _cfg(path: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
         "crop_pct": 0.875 if size == 224 else 1.0,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head",
+        "first_conv": "stem.proj.0",
+        "classifier": "head.fc",
         "license": "mit",
         "paper_name": "Dilated Neighborhood Attention Transformer" if dilated else "Neighborhood Attention Transformer",
         "paper_ids": ("arXiv:2209.15001",) if dilated else ("arXiv:2204.07143",),
@@ -300,14 +414,13 @@ _LARGE = {
 }
 _21K = {**_LARGE, "drop_path_rate": 0.2}
 
-# repeated over the blocks of each level
+# repeated over the blocks of each stage
 _224 = ((1, 8), (1, 4), (1, 2), 1)
 _384 = ((1, 13), (1, 6), (1, 3), 1)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], args: dict[str, Any], **more: Any) -> NAT:
-    build: Callable[..., nn.Module] = build_model
-    return cast(NAT, build(NAT, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **more, **kwargs}))
+    return build_model(NAT, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **more, **kwargs})
 
 
 @register_model

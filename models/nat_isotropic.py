@@ -3,66 +3,33 @@
 Paper: "Dilated Neighborhood Attention Transformer", https://arxiv.org/abs/2209.15001 (isotropic variants, section 4)
 Original: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (classification/isotropic.py; MIT).
 
-Numbers and parameter names are the original's. What differs:
+Numbers are the original's. What differs:
 - every image size runs, where the original takes 224 x 224 only: images are zero-padded on the right and bottom to
   multiples of the patch, maps smaller than kernel_size x dilation inside the attention, and ViT-rpb interpolates its
   bias table to the map;
 - the index buffer of ViT-rpb is computed, not stored; it is dropped from published files;
-- `forward_features` gives the normed map, NCHW; pooling belongs to `forward_head`;
+- `forward_features` gives the normed map, NCHW; pooling belongs to the head;
 - `drop_rate` is the dropout before the classifier only, `proj_drop_rate` that of the projections and MLPs.
+
+The blocks are one stage, and the features are theirs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.layers import trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ._builder import build_model, published_cfg
-from ._layers import (
-    Block,
-    Classifier,
-    NeighborhoodAttention,
-    NormLayer,
-    check_image_size,
-    init_linear,
-    per_block,
-    per_level,
-    resize_bias_tables,
-    resize_table,
-)
+from . import nat
+from ._build import build_model, published_cfg, rename_keys
+from ._pyramid import NormLayer, PatchEmbed, Pyramid, Stage, as_format, check_output_fmt, init_linear, stage_rates
+from .nat import Block, NeighborhoodAttention, check_image_size, per_block, per_stage, resize_table
 
 __all__ = ["NATIsotropic"]
-
-
-@register_notrace_module  # padding depends on the size
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches and a norm: [B, C, H, W] to [B, H/p, W/p, dim], padded on the right and bottom."""
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        patch_size: int,
-        norm_layer: NormLayer = nn.LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
-        self.norm = norm_layer(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        if bottom > 0 or right > 0:
-            x = F.pad(x, (0, right, 0, bottom))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 @register_notrace_module  # the bias depends on the size
@@ -120,7 +87,7 @@ class GlobalAttention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
 
 
-class NATIsotropic(Classifier):
+class NATIsotropic(Pyramid):
     """Vision transformer of one resolution with neighborhood attention, or global attention with relative bias.
 
     Args:
@@ -150,6 +117,9 @@ class NATIsotropic(Classifier):
         ValueError: kernel_size, dilations, dilation or img_size do not fit.
     """
 
+    channels_last = True
+    no_decay = (".rpb",)
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -177,11 +147,8 @@ class NATIsotropic(Classifier):
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.in_chans = in_chans
+        super().__init__(in_chans, embed_dim)
         self.img_size = check_image_size(img_size)
-        self.num_features = embed_dim
-        self.grad_checkpointing = False
 
         if dilation is not None:
             if dilations is not None:
@@ -201,7 +168,7 @@ class NATIsotropic(Classifier):
             grid = (-(-self.img_size[0] // patch_size), -(-self.img_size[1] // patch_size))
             attentions = [GlobalAttention(embed_dim, num_heads, grid, **attn_args) for _ in range(depth)]
         else:
-            kernels = per_level("kernel_size", kernel_size, depth)
+            kernels = per_stage("kernel_size", kernel_size, depth)
             steps = per_block(dilations if dilations is None else [dilations], [depth])[0]
             attn_args["attn_backend"] = attn_backend
             attentions = [
@@ -209,32 +176,22 @@ class NATIsotropic(Classifier):
                 for k, d in zip(kernels, steps, strict=True)
             ]
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, norm_layer, **dd)
-        rates = cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))
-        self.layers = nn.Sequential(
-            *(
-                Block(embed_dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, norm_layer, **dd)
-                for attn, rate in zip(attentions, rates, strict=True)
-            )
-        )
+        self.stem = PatchEmbed(in_chans, embed_dim, patch_size, norm_layer, **dd)
+        blocks = [
+            Block(embed_dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, norm_layer, **dd)
+            for attn, rate in zip(attentions, stage_rates(drop_path_rate, [depth])[0], strict=True)
+        ]
+        self.stages = nn.Sequential(Stage(blocks))
         self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"layers.{i}"} for i in range(depth)
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"stages.0.blocks.{i}"} for i in range(depth)
         ]
         self.norm = norm_layer(embed_dim, **dd)
-        self.add_classifier(embed_dim, num_classes, global_pool, drop_rate, **dd)
+        self.add_head(num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm\.", (99999,))]}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        return {"stem": r"^stem", "blocks": [(r"^stages\.0\.blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
 
     def forward_intermediates(
         self,
@@ -245,69 +202,52 @@ class NATIsotropic(Classifier):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The blocks' outputs.
-
-        Args:
-            x: image batch.
-            indices: blocks to return: the last n if an int, all if None.
-            norm: apply the final norm to every output.
-            stop_early: do not run the blocks after the last one asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: leave the final features (NCHW) out.
-        """
-        assert output_fmt in ("NCHW", "NHWC"), "Output shape must be NCHW or NHWC."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(x)
-        if torch.jit.is_scripting() or not stop_early:
-            layers = self.layers
-        else:
-            layers = self.layers[: max_index + 1]
-        for i, layer in enumerate(layers):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(layer, x)
+        """The blocks' outputs; arguments as in the frame, but that `norm` applies to every output."""
+        check_output_fmt(output_fmt)
+        stage = self.stages[0]
+        blocks = stage.blocks
+        take, max_index = feature_take_indices(len(blocks), indices)  # type: ignore[arg-type]
+        if stop_early and not torch.jit.is_scripting():
+            blocks = blocks[: max_index + 1]  # type: ignore[index]
+        maps: list[Tensor] = []
+        x = self.stem(x)
+        for i, block in enumerate(blocks):  # type: ignore[arg-type]
+            if stage.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
             else:
-                x = layer(x)
-            if i in take_indices:
-                taken = self.norm(x) if norm else x
-                intermediates.append(taken.permute(0, 3, 1, 2) if output_fmt == "NCHW" else taken)
+                x = block(x)
+            if i in take:
+                maps.append(as_format(self.norm(x) if norm else x, True, output_fmt))
         if intermediates_only:
-            return intermediates
-        return self.norm(x).permute(0, 3, 1, 2), intermediates
+            return maps
+        return as_format(self.norm(x), True, "NCHW"), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the layers that the given blocks do not need."""
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: max_index + 1]
+        """Remove what the given blocks' outputs do not need."""
+        stage = cast(Stage, self.stages[0])
+        take, max_index = feature_take_indices(len(stage.blocks), indices)
+        stage.blocks = stage.blocks[: max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.layers, x)
-        else:
-            x = self.layers(x)
-        return self.norm(x).permute(0, 3, 1, 2)  # (B, C, H, W)
+            self.reset_classifier(0, "", reset_other=True)
+        return take
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published names are ours, the index buffer apart; bias tables of another size are resized."""
-    own = {k: v for k, v in state_dict.items() if not k.endswith(".relative_position_index")}
-    return resize_bias_tables(own, model)
+    """The published names to ours, without the index buffer; bias tables of another size are resized."""
+    kept = {k: v for k, v in state_dict.items() if not k.endswith(".relative_position_index")}
+    return nat.checkpoint_filter_fn(rename_keys(kept, [(r"^layers\.(\d+)\.", r"stages.0.blocks.\1.")]), model)
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
     return published_cfg(
         f"https://shi-labs.com/projects/dinat/checkpoints/isotropic/{name}_in1k_224.pth",
         pool_size=(14, 14),
-        first_conv="patch_embed.proj",
-        classifier="head",
+        first_conv="stem.proj",
+        classifier="head.fc",
         license="mit",
         paper_name="Dilated Neighborhood Attention Transformer",
         paper_ids=("arXiv:2209.15001",),
@@ -337,9 +277,9 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], args: dict[s
     args = {"depth": 12, **args, **more, **kwargs}
     # by default the last block of each quarter, as deep as the stages of the hierarchical models
     feature_cfg = {"out_indices": tuple(sorted({max(args["depth"] * i // 4 - 1, 0) for i in range(1, 5)}))}
-    build: Callable[..., nn.Module] = build_model
-    model = build(NATIsotropic, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args)
-    return cast(NATIsotropic, model)
+    return build_model(
+        NATIsotropic, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args
+    )
 
 
 @register_model

@@ -3,9 +3,8 @@
 Paper: "Vision Transformer with Super Token Sampling" (CVPR 2023), https://arxiv.org/abs/2211.11167
 Original: https://github.com/hhb072/STViT (models/stvit.py; MIT by its header).
 
-Numbers and parameter names are the original's. What differs:
+Numbers are the original's. What differs:
 - the constant `unfold.weights` and `fold.weights` of every block are no parameters here; they are dropped on loading;
-- `norm1` is a plain LayerNorm over the channels (`norm1.norm.*` in the published files);
 - the 1x1 projection, its norm and activation belong to the head: `forward_features` gives the last stage's map;
 - `projection=None` builds (the original fails); `num_classes=0`, `global_pool` and `features_only` work.
 
@@ -13,22 +12,19 @@ Any image size is accepted: maps that are no multiple of a super token are zero-
 original.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import (
-    DropPath,
-    calculate_drop_path_rates,
-)
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
-from timm.models._features import feature_take_indices
+from timm.layers import ClassifierHead, DropPath
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from zoo.models._builder import build_model, published_cfg
-from zoo.models._layers import Classifier, Stage, init_linear
-from zoo.ops.super_token import super_token_mapping, super_token_sampling
+from zoo.ops.scriptable import super_token_mapping, super_token_sampling
+
+from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._pyramid import Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["STViT"]
 
@@ -92,7 +88,6 @@ class Attention(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-@register_notrace_module  # the ops check sizes, and TorchScript needs the branch for it
 class StokenAttention(nn.Module):
     """Super-token attention on [B, H, W, C]; super tokens of a single pixel mean plain global attention."""
 
@@ -112,22 +107,27 @@ class StokenAttention(nn.Module):
         self.n_iter = n_iter
         self.scale = dim**-0.5
         self.attn_backend = attn_backend
-        self.script_backend = attn_backend or "auto"
         self.stoken_refine = Attention(dim, num_heads, qkv_bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.stoken_size
         if size == 1:
             return self.stoken_refine(x)
-        if torch.jit.is_scripting():
-            backend = self.script_backend
-            tokens, affinity, _ = torch.ops.zoo.super_token_sampling(x, size, size, self.n_iter, self.scale, backend)
-            tokens = self.stoken_refine(tokens)
-            return torch.ops.zoo.super_token_mapping(tokens, affinity.detach(), size, size, backend)
         tokens, affinity = super_token_sampling(
             x, size, n_iter=self.n_iter, scale=self.scale, backend=self.attn_backend
         )
         return super_token_mapping(self.stoken_refine(tokens), affinity, size, backend=self.attn_backend)
+
+
+class LayerScale(nn.Module):
+    """A learned factor of every channel, of the shape (1, C, 1, 1): in this form it has weight decay, as published."""
+
+    def __init__(self, dim: int, init_values: float, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((1, dim, 1, 1), init_values, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * x
 
 
 class Block(nn.Module):
@@ -155,53 +155,78 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = StokenAttention(dim, num_heads, stoken_size, n_iter, qkv_bias, attn_backend, **dd)
         self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.mlp2 = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, **dd)
+        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.layer_scale = layer_scale
-        if layer_scale:
-            self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), init_values, **dd))
-            self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), init_values, **dd))
-        else:
-            self.register_parameter("gamma_1", None)
-            self.register_parameter("gamma_2", None)
+        self.ls1 = LayerScale(dim, init_values, **dd) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values, **dd) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x)
         y = self.attn(self.norm1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
-        y = self.mlp2(self.norm2(x))
-        return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+        x = x + self.drop_path(self.ls1(y))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class PatchEmbed(nn.Module):
+class Stem(nn.Sequential):
     """Four 3x3 convolutions of strides 2, 1, 2, 1; the batch norm follows the activation."""
 
     def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
         layers: list[nn.Module] = []
         for out_chans, stride in ((dim // 2, 2), (dim // 2, 1), (dim, 2), (dim, 1)):
             layers.append(nn.Conv2d(in_chans, out_chans, 3, stride, 1, device=device, dtype=dtype))
             layers += [nn.GELU(), nn.BatchNorm2d(out_chans, device=device, dtype=dtype)]
             in_chans = out_chans
-        self.proj = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        super().__init__(*layers)
 
 
-class PatchMerging(nn.Module):
+class Downsample(nn.Sequential):
     """3x3 convolution of stride 2 and a batch norm."""
 
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        super().__init__(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
 
 
-class STViT(Classifier):
+class ProjectedHead(ClassifierHead):
+    """timm's classifier behind a 1x1 projection, batch norm and SiLU of the map; `projection` None leaves it out."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        projection: int | None,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        dim = in_features if projection is None else projection
+        proj = nn.Identity() if projection is None else nn.Conv2d(in_features, dim, 1, **dd)
+        super().__init__(dim, num_classes, **kwargs, **dd)
+        self.proj = proj
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.SiLU()
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """As timm's; `in_features` counts where `reset_other` takes the projection away."""
+        if reset_other:
+            self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
+        super().reset(num_classes, pool_type, False, in_features if reset_other else None, device, dtype)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(self.act(self.norm(self.proj(x)))))
+        return x if pre_logits else self.fc(x)
+
+
+class STViT(Pyramid):
     """Vision transformer with super token sampling.
 
     Args:
@@ -246,16 +271,12 @@ class STViT(Classifier):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_features = embed_dim[-1]
-        self.feature_info: list[dict[str, Any]] = []
-
-        self.patch_embed = PatchEmbed(in_chans, embed_dim[0], **dd)
-        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        super().__init__(in_chans, embed_dim[-1])
+        self.stem = Stem(in_chans, embed_dim[0], **dd)
         stages = []
-        for i, dim in enumerate(embed_dim):
+        for i, (dim, rates) in enumerate(zip(embed_dim, stage_rates(drop_path_rate, depths), strict=True)):
+            downsample = Downsample(embed_dim[i - 1], dim, **dd) if i else None
             blocks = [
                 Block(
                     dim,
@@ -271,99 +292,37 @@ class STViT(Classifier):
                     drop_path=rate,
                     **dd,
                 )
-                for rate in rates[i]
+                for rate in rates
             ]
-            last = i + 1 == len(embed_dim)
-            stages.append(Stage(blocks, None if last else PatchMerging(dim, embed_dim[i + 1], **dd)))
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"layers.{i}.blocks"})
-        self.layers = nn.Sequential(*stages)
-
-        head_dim = self.num_features if projection is None else projection
-        self.proj = nn.Identity() if projection is None else nn.Conv2d(self.num_features, head_dim, 1, **dd)
-        self.norm = nn.BatchNorm2d(head_dim, **dd)
-        self.act = nn.SiLU()
-        self.add_classifier(head_dim, num_classes, global_pool, drop_rate, **dd)
+            stages.append(Stage(blocks, downsample))
+        self.add_stages(stages, embed_dim)
+        self.add_head(num_classes, global_pool, drop_rate, ProjectedHead, projection=projection, **dd)
         self.apply(init_linear)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.downsample", (99999,)),
-            (r"^(?:proj|norm)\.", (99999,)),
-        ]
-        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
+        matcher = super().group_matcher(coarse)
+        if not coarse:
+            matcher["blocks"].append((r"^head\.(?:proj|norm)\.", (99999,)))
+        return matcher
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' outputs, before each downsampling.
 
-        Args:
-            x: image batch.
-            indices: stages to return: the last n if an int, all if None.
-            norm: accepted for timm's interface; the stages have no norm of their own.
-            stop_early: do not run the stages after the last one asked for.
-            output_fmt: "NCHW".
-            intermediates_only: leave the final features out.
-        """
-        assert output_fmt in ("NCHW",), "Output shape must be NCHW."
-        intermediates: list[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(x)
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.layers
-        else:
-            stages = self.layers[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage.forward_blocks(x)  # type: ignore[operator]
-            if i in take_indices:
-                intermediates.append(x)
-            x = stage.downsample(x)  # type: ignore[operator]
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the layers that the given stages do not need; the projection and its norm belong to the head."""
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        prune_end = max_index < len(self.layers) - 1
-        self.layers = self.layers[: max_index + 1]
-        if prune_end:
-            self.layers[max_index].downsample = nn.Identity()
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_end or prune_head:
-            for name in ("proj", "norm", "act"):
-                setattr(self, name, nn.Identity())
-            self.head_dim = self.num_features
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.layers(self.patch_embed(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.act(self.norm(self.proj(x)))
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
+_RENAMED = (
+    (r"^patch_embed\.proj\.", "stem."),
+    (r"^layers\.(\d+)\.downsample\.proj\.", moved_by(1, "stages.{}.downsample.")),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\bnorm1\.norm\.", "norm1."),
+    (r"\bmlp2\.", "mlp."),
+    (r"\bgamma_([12])$", r"ls\1.gamma"),
+    (r"^(proj|norm)\.", r"head.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published keys to ours; our own keys pass unchanged."""
+    """The published names to ours, without the constants."""
     constants = (".unfold.weights", ".fold.weights")
-    return {k.replace(".norm1.norm.", ".norm1."): v for k, v in state_dict.items() if not k.endswith(constants)}
+    return rename_keys({k: v for k, v in state_dict.items() if not k.endswith(constants)}, _RENAMED)
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
@@ -372,8 +331,8 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
         input_size=(3, size, size),
         pool_size=(size // 32, size // 32),
         crop_pct=0.875 if size == 224 else 1.0,
-        first_conv="patch_embed.proj.0",
-        classifier="head",
+        first_conv="stem.0",
+        classifier="head.fc",
         license="mit",
         paper_name="Vision Transformer with Super Token Sampling",
         paper_ids=("arXiv:2211.11167",),
@@ -409,8 +368,7 @@ _LARGE: dict[str, Any] = {
 
 
 def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> STViT:
-    model = build_model(STViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))
-    return cast(STViT, model)
+    return build_model(STViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **kwargs})
 
 
 @register_model

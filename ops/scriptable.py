@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo import ops
+import zoo.ops as ops
 
 __all__ = [
     "channel_attention",

@@ -3,20 +3,30 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
 from timm.models._registry import _model_entrypoints
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
-from zoo.models._builder import published_figures
+from zoo.models.checkpoints import published_figures
 from zoo.ops import resolve_backend, without_triton
 
-__all__ = ["ModelInfo", "model_info", "models_table", "nearest_names", "package_models", "require_model", "table_row"]
+__all__ = [
+    "ModelInfo",
+    "model_class",
+    "model_info",
+    "models_table",
+    "nearest_names",
+    "package_models",
+    "require_model",
+    "table_row",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,17 @@ def require_model(name: str) -> None:
     near = nearest_names(name.split(".")[0], timm.list_models())
     hint = f"the nearest names are {', '.join(near)}" if near else "`zoo list` prints the names"
     raise UserError(f"unknown model {name!r}; {hint}")
+
+
+def model_class(name: str) -> type[nn.Module] | None:
+    """The class that a registered model is of, by its entry point's annotation; None where timm knows or says none.
+
+    What a family wants training to know, such as `out_norms` or `no_decay`, are attributes of this class.
+    """
+    if not timm.is_model(name):
+        return None
+    found = get_type_hints(timm.model_entrypoint(name)).get("return")
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 class _OpRecorder(TorchDispatchMode):

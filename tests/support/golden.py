@@ -38,6 +38,13 @@ def filled(name: str, adjust: Callable[[str, Tensor], Tensor] | None = None) -> 
     return {k: adjust(k, v) for k, v in weights.items()} if adjust else weights
 
 
+def published(name: str, gain: float = 1.0) -> dict[str, Tensor]:
+    """The original's file: beside what is filled its constants and counters; HaloNet's recordings scale batch norms."""
+    weights = filled(name, lambda k, v: v * gain if k.endswith("bn.weight") else v)
+    constant = torch.eye(9).view(9, 1, 3, 3)
+    return {k: weights.get(k, constant if "fold" in k else torch.tensor(0)) for k, *_ in keys(name)}
+
+
 def save_checkpoint(path: Path, state_dict: Mapping[str, Tensor], wrapper: str | None) -> str:
     """Write a state_dict the way the published file is wrapped; the path as a string."""
     torch.save(dict(state_dict) if wrapper is None else {wrapper: dict(state_dict)}, path)

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import summary
 
+from zoo.registry import package_models
 from zoo.train.app import main
 from zoo.train.build import build_model
 from zoo.train.compose import compose_config, from_container
@@ -59,7 +60,7 @@ def family(model: str) -> str:
 
 def test_every_family_has_one_configuration() -> None:
     # the isotropic models are NAT and DiNAT without stages
-    files = {p.stem for p in (ROOT / "models").glob("[!_]*.py")} - {"nat_isotropic"}
+    files = {family(name) for name in package_models()} - {"nat_isotropic"}
     models = {config: composed(config).model.name for config in CONFIGS}
     assert {family(name) for name in models.values()} == files
     # NAT and DiNAT are one file, dilation is what tells them apart
@@ -90,7 +91,7 @@ def test_the_family_s_attention_is_still_there(config: str) -> None:
 
 def test_training_names_no_family() -> None:
     """The engine builds models by name alone."""
-    names = "|".join(p.stem for p in (ROOT / "models").glob("[!_]*.py"))
+    names = "|".join(sorted({family(name) for name in package_models()}))
     for path in (ROOT / "train").glob("*.py"):
         code = re.sub(r"#.*", "", path.read_text())
         assert not re.search(rf"['\"](zoo_)?({names})|zoo\.models", code), path.name

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.models._builder import read_checkpoint
+from zoo.models.checkpoints import read_checkpoint
 
 __all__ = ["adapt_backbone_keys", "read_detector_checkpoint"]
 

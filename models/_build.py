@@ -5,28 +5,31 @@ Every family builds through `build_model`, describes its checkpoints with `publi
 state_dict (wrappers and `module.` prefixes are already gone) and must leave a state_dict in our own names unchanged.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-import timm.models
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, clean_state_dict
+from timm.models import build_model_with_cfg, register_notrace_function
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
-from timm.models._helpers import _torch_load
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-__all__ = ["build_model", "published_cfg", "published_figures", "read_checkpoint", "unwrap_checkpoint"]
+from zoo.ops import scriptable
 
-StateDict = dict[str, Tensor]
+from .checkpoints import StateDict, check_state_dict, published_figures, read_checkpoint, unwrap_checkpoint
+
+__all__ = ["build_model", "moved_by", "published_cfg", "rename_keys"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
+Replacement = str | Callable[[re.Match[str]], str]
 
-# timm's own files keep raw and averaged weights side by side and mean the averaged ones; the original repositories
-# that store `model_ema` beside `model` (MaxViT, STViT) evaluate `model`.
-_WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema", "module", "net", "weights")
+for _op in scriptable.__all__:  # FX must not trace into the ops: their control flow depends on sizes
+    register_notrace_function(getattr(scriptable, _op))
+
 _HEAD_KEYS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight")
 
 
@@ -74,60 +77,31 @@ def published_cfg(
     return {**defaults, **kwargs}
 
 
-def published_figures(cfg: Mapping[str, Any]) -> dict[str, str]:
-    """The figures that `published_cfg` wrote into a configuration: keys among top1, params, flops, head."""
-    pairs = (note.split(": ", 1) for note in cfg.get("notes") or () if ": " in note)
-    return {k: v for k, v in pairs if k in ("top1", "params", "flops", "head")}
-
-
-def unwrap_checkpoint(checkpoint: Any, source: str = "checkpoint") -> StateDict:
-    """The flat state_dict inside a checkpoint: without wrapper (`model`, `state_dict`, `*_ema`) and `module.` prefix.
+def rename_keys(state_dict: Mapping[str, Tensor], rules: Sequence[tuple[str, Replacement]]) -> StateDict:
+    """A state_dict whose keys went through `re.sub` of every rule (pattern, replacement), in that order.
 
     Raises:
-        RuntimeError: there is no state_dict in it.
+        RuntimeError: two keys end up with one name.
     """
-    while isinstance(checkpoint, Mapping):
-        tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-        inner = next((checkpoint[k] for k in _WRAPPERS if isinstance(checkpoint.get(k), Mapping)), None)
-        if inner is not None and not any("." in k for k in tensors):
-            checkpoint = inner
-        elif tensors:
-            return clean_state_dict(tensors)
-        else:
-            break
-    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-    raise RuntimeError(f"{source} holds no state_dict; found {found}; expected tensors, bare or under {_WRAPPERS}")
+    renamed: StateDict = {}
+    origin: dict[str, str] = {}
+    for key, value in state_dict.items():
+        name = key
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise RuntimeError(f"the checkpoint's keys {origin[name]} and {key} both mean {name}")
+        renamed[name], origin[name] = value, key
+    return renamed
 
 
-def read_checkpoint(path: str | Path) -> StateDict:
-    """Read a checkpoint file (`.pth`, `.pt`, `.bin`, `.tar`, `.safetensors`) as a flat state_dict.
-
-    Pickles are read with weights_only, so a file cannot run code.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: the file cannot be read as a checkpoint, or holds no state_dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return unwrap_checkpoint(load_file(path), str(path))
-        except SafetensorError as error:
-            raise RuntimeError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        checkpoint = _torch_load(str(path), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise RuntimeError(f"{path} is not a readable PyTorch checkpoint: {error}") from error
-    return unwrap_checkpoint(checkpoint, str(path))
+def moved_by(step: int, template: str) -> Callable[[re.Match[str]], str]:
+    """A replacement for `rename_keys`: the template with the number that the pattern's group found, moved by `step`."""
+    return lambda match: template.format(int(match[1]) + step)
 
 
 def build_model(
-    model_cls: Callable[..., nn.Module],
+    model_cls: Callable[..., ModelT],
     variant: str,
     pretrained: bool = False,
     *,
@@ -138,7 +112,7 @@ def build_model(
     features_only: bool = False,
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> ModelT:
     """Build a variant through timm, loading a checkpoint strictly when `pretrained`.
 
     A checkpoint's head of another size than the configuration's is an error that names both sizes; with `num_classes`
@@ -182,7 +156,7 @@ def build_model(
         own_cfg = getattr(owner, "pretrained_cfg", None)
         if isinstance(own_cfg, dict):
             own_cfg.pop("state_dict", None)
-    return model
+    return cast(ModelT, model)  # or, with features_only, its wrapper
 
 
 def _read_source(cfg: dict[str, Any]) -> StateDict | None:
@@ -221,35 +195,10 @@ def _head_size(variant: str, cfg: dict[str, Any], state_dict: StateDict, asked: 
 
 def _check_keys(variant: str, state_dict: StateDict, model: nn.Module) -> None:
     """Raise unless the state_dict has exactly the model's keys and shapes, the classifier and input stem apart."""
-    own = model.state_dict()
     cfg = getattr(model, "pretrained_cfg", {})
     free = cfg.get("classifier") or ()
     free = tuple(f"{n}." for n in ((free,) if isinstance(free, str) else free))
     stems = cfg.get("first_conv") or ()
     stems = tuple(f"{n}.weight" for n in ((stems,) if isinstance(stems, str) else stems))
-
-    # PyTorch itself loads batch norm without its counter, which files older than PyTorch 0.4.1 do not have.
-    missing = [k for k in own if k not in state_dict and not k.startswith(free) and "num_batches_tracked" not in k]
-    unexpected = [k for k in state_dict if k not in own and not k.startswith(free)]
-    shapes = [
-        f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model"
-        for k, v in state_dict.items()
-        if k in own and v.shape != own[k].shape and not k.startswith(free) and k not in stems
-    ]
-    problems = [
-        f"{len(items)} {what}, the first: " + "; ".join(items[:4])
-        for what, items in (
-            ("keys of the model are not in the file", missing),
-            ("keys of the file are not in the model", unexpected),
-            ("tensors have another shape", shapes),
-        )
-        if items
-    ]
-    if problems:
-        raise RuntimeError(f"{variant}: the checkpoint does not fit.\n  " + "\n  ".join(problems))
-
-
-def register_notrace(*functions: Callable[..., Any]) -> None:
-    """Keep FX from tracing into op functions, whose control flow depends on sizes."""
-    for function in functions:
-        timm.models.register_notrace_function(function)
+    headline = f"{variant}: the checkpoint does not fit."
+    check_state_dict(headline, state_dict, model.state_dict(), free=free, any_shape=stems)
