@@ -301,7 +301,7 @@ def build(s: Settings) -> list[Case]:
         routing(s, "BiFormer stage 1", 128, 56, 2, 1, Floor(48.5, exponentials=14), Floor(97)),
         halo(s, "b8 h3, 32x32 d16", 128, 32, 8, 16, 8, 3, Floor(32, 17, 55), Floor(64, 42, 55)),
         large_kernel(s, "VAN stage 1, C64", 128, 56, 64, Floor(24, exponentials=57)),
-        super_token(s, "SViT stage 1, C64", 128, 56, 64, 8, Floor(57)),
+        super_token(s, "STViT stage 1, C64", 128, 56, 64, 8, Floor(57)),
         channel(s, "DaViT stage 1", 128, 3136, 3, Floor(72), Floor(125)),
         neighborhood(s, "NAT stage 2", 128, (28, 28), 4, 7, Floor(24, 3.2, 5.3), Floor(48.5, 8, 5)),
         neighborhood(s, "DiNAT-L 96x96 k11", 32, (96, 96), 6, 11, Floor(107, 35, 58), Floor(214, 87, 58)),

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.registry import nearest_names, package_models
 from zoo.train.config import EvalConfig, TrainConfig, validate
 
@@ -140,7 +140,7 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
         ConfigStore.instance().store(group="augment", name=name, node={})
         return ""
     if not group:
-        return f"no configuration {error.missing_cfg_file!r}; {str(error).splitlines()[0]}"
+        return f"no configuration {error.missing_cfg_file!r}; {first_line(error)}"
     if group == "experiment" and name.startswith("coco_") and not any(o.startswith("coco_") for o in options):
         return f"unknown choice experiment={name}; coco_ are the recipes of `zoo detect`, here are {', '.join(options)}"
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
@@ -243,7 +243,7 @@ def from_container(config: Any, schema: type[Config]) -> Config:
         instance = OmegaConf.to_object(typed(config, schema))
     except MissingMandatoryValue as error:
         key = re.search(r"full_key: (\S+)", str(error))
-        name = key.group(1) if key else str(error).splitlines()[0]
+        name = key.group(1) if key else first_line(error)
         raise UserError(f"{name} is not set; give {name}=VALUE") from error
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error

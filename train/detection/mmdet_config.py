@@ -11,7 +11,7 @@ import timm
 import torch
 from mmengine.config import Config
 
-from zoo.errors import UserError
+from zoo.errors import UserError, first_line
 from zoo.registry import require_model
 
 from .backbone import feature_levels
@@ -169,7 +169,7 @@ def _backbone(cfg: DetectConfig) -> tuple[dict[str, Any], list[int], list[int]]:
     except TypeError as error:
         raise UserError(f"model {model.name} refuses an argument: {error}; see model.kwargs") from error
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise UserError(f"model {model.name} gives no feature maps: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model {model.name} gives no feature maps: {first_line(error)}") from error
     chosen = model.out_indices
     if chosen is None:
         chosen = [i for i, (_, stride) in enumerate(levels) if 4 <= stride <= 32]
