@@ -533,7 +533,8 @@ class TrainLoader:
         if self.too_many_bad():
             raise UserError(
                 f"{self.bad.count('train')} of {self.images} training images are unreadable, more than "
-                f"data.max_bad={self.max_bad:g} allows (such as {self.bad.first('train')}); mend them, or raise data.max_bad and resume"
+                f"data.max_bad={self.max_bad:g} allows (such as "
+                f"{self.bad.first('train')}); mend them, or raise data.max_bad and resume"
             )
 
     def _readable(self) -> Iterator[tuple[Tensor, Tensor]]:
