@@ -69,7 +69,7 @@ def probe(report: Callable[[Any], None], dry_run: bool, arguments: Sequence[str]
 
     import models
     from ops import environment
-    from zoo.ops._local.tuning import load_table, table_path
+    from zoo.ops.tuning import load_table, table_path
 
     settings = Settings(dry_run=dry_run)
     torch.zeros(1, device=settings.device)

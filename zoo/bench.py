@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 _SCRIPTS = {"ops": "ops.py", "models": "models.py", "gpu": "gpu.py"}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_PRELOAD = ("zoo.bench", "zoo.ops", "zoo.ops._local.tuning")
+_PRELOAD = ("zoo.bench", "zoo.ops", "zoo.ops.tuning")
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 
 
@@ -131,7 +131,7 @@ def _problems(batch: int) -> list[Problem]:
 
 def _candidates(kind: str, direction: str, heuristic: Any) -> list[Any]:
     """What may be faster than the heuristic's configuration, the most like it first."""
-    from zoo.ops._local.tuning import Config
+    from zoo.ops.tuning import Config
 
     tiles: tuple[int, ...] = (32, 64, 128)
     columns: tuple[int, ...] = (16,) if kind == "channel" else (32, 64, 128)
@@ -169,7 +169,7 @@ def _tune(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("`zoo bench tune` measures a GPU, and PyTorch sees none on this machine")
-    from zoo.ops._local.tuning import Config, Key, save_table, table_path
+    from zoo.ops.tuning import Config, Key, save_table, table_path
 
     start = time.monotonic()
     device = torch.device("cuda")
@@ -265,7 +265,7 @@ def _compile(searches: Sequence[Search], workers: int, start: float, budget: flo
 
 def _run_once(report: Callable[[Any], None], search: Search, candidate: Sequence[Any] | None) -> None:
     """A forward and a backward, with a candidate for one pass; reports the passes and what each of them ran."""
-    from zoo.ops._local.tuning import forced, observed
+    from zoo.ops.tuning import forced, observed
 
     leaves = [x.requires_grad_() for x in search.tensors()]
     with observed() as seen, contextlib.nullcontext() if candidate is None else forced(*candidate):
@@ -304,7 +304,7 @@ def tune_problem(
         tuning.Key -> (configuration, microseconds of forward and backward without it, and with it); keys whose
         heuristic is the best are left out.
     """
-    from zoo.ops._local.tuning import forced, observed
+    from zoo.ops.tuning import forced, observed
 
     device = tensors[0].device
     leaves = [x.detach().requires_grad_() for x in tensors]

@@ -12,8 +12,8 @@ from triton_cases import CASES, DEVICE, first
 
 pytest.importorskip("triton")
 
-from zoo.ops._local import tuning
-from zoo.ops._local.tuning import Config, Key
+from zoo.ops import _tuning as tuning
+from zoo.ops.tuning import Config, Key
 
 PROBLEM = Key("window", "forward", "float32", 16, (7, 7), 8)
 TABLED = Config(4, 32, 2, 1)

@@ -64,8 +64,8 @@ def test_every_problem_of_the_tuner_is_a_valid_call() -> None:
 def test_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The fastest candidate wins, one that disagrees never does, and a table made of them is read back."""
     pytest.importorskip("triton")
-    from zoo.ops._local import tuning
-    from zoo.ops._local.tuning import Config
+    from zoo.ops import _tuning as tuning
+    from zoo.ops.tuning import Config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     slow, fast, wrong, big = Config(8, 64, 4, 1), Config(4, 16, 2, 1), Config(4, 32, 1, 1), Config(16, 16, 1, 1)
@@ -100,7 +100,7 @@ def test_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_candidates_begin_with_the_heuristics_neighbours() -> None:
     pytest.importorskip("triton")
-    from zoo.ops._local.tuning import Config
+    from zoo.ops.tuning import Config
 
     heuristic = Config(8, 64, 4, 1)
     found = bench._candidates("window", "forward", heuristic)
@@ -127,8 +127,8 @@ def test_candidates_that_cannot_run_are_not_measured(monkeypatch: pytest.MonkeyP
     """What the processes of a budgeted search run, without the processes: passes are found, then their candidates."""
     pytest.importorskip("triton")
     from zoo import processes
-    from zoo.ops._local import tuning
-    from zoo.ops._local.tuning import Config
+    from zoo.ops import _tuning as tuning
+    from zoo.ops.tuning import Config
 
     good, bad = Config(4, 32, 2, 1), Config(16, 128, 8, 3)
 
