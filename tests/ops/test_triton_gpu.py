@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from triton_cases import CASES, check, first
+from triton_cases import CASES, check, first, with_new_ops
 
 import zoo  # noqa: F401  registers the models
 from zoo import ops
@@ -203,17 +203,11 @@ def test_large_kernel_past_two_to_the_31_elements() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "na-3-odd-map",
-        "window-odd-shifted",
-        "halo-strided",
-        "routing",
-        "channel",
-        "sampling",
-        "mapping",
+    with_new_ops(
+        "na-3-odd-map", "window-odd-shifted", "halo-strided", "routing", "channel", "sampling", "mapping",
         "large-kernel-33-channels",
-    ],
-)
+    ),
+)  # fmt: skip
 def test_memcheck(name: str) -> None:
     """compute-sanitizer finds no access out of bounds, forward and backward."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

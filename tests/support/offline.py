@@ -29,8 +29,8 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-class Compiled(list[tuple[str, Any]]):
-    """(kernel name, compiled kernel) of every launch."""
+class Compiled(list[tuple[Any, Any]]):
+    """(kernel, compiled kernel) of every launch."""
 
 
 def _compile(fn: Any, target: GPUTarget, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -65,7 +65,7 @@ def compile_only(capability: int = 90) -> Iterator[Compiled]:
     target = GPUTarget("cuda", capability, 32)
 
     def launcher(kernel: Any, grid: Any) -> Any:
-        return lambda *args, **kwargs: compiled.append((kernel.__name__, _compile(kernel, target, args, kwargs)))
+        return lambda *args, **kwargs: compiled.append((kernel, _compile(kernel, target, args, kwargs)))
 
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
@@ -74,11 +74,11 @@ def compile_only(capability: int = 90) -> Iterator[Compiled]:
         yield compiled
 
 
-def kernels() -> set[str]:
-    """The names of all kernels of all ops."""
-    found = set()
+def kernels() -> list[Any]:
+    """All kernels of all ops."""
+    found = []
     for module in pkgutil.walk_packages(zoo.ops.__path__, "zoo.ops."):
         if module.name.endswith(".kernels"):
             contents = vars(importlib.import_module(module.name)).items()
-            found |= {n for n, x in contents if isinstance(x, JITFunction) and n.endswith("_kernel")}
+            found += [x for n, x in contents if isinstance(x, JITFunction) and n.endswith("_kernel")]
     return found

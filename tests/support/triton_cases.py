@@ -77,3 +77,10 @@ neighborhood, window, halo, routing, channel, sampling, mapping, large_kernel = 
 
 CASES: dict[str, Callable[[], Case]] = {e.name: functools.partial(made, e) for e in examples.select("test")}
 HALF = [e.name for e in examples.select("test") if torch.bfloat16 in e.dtypes]
+
+
+def with_new_ops(*names: str) -> list[str]:
+    """These cases, and the first one of every op that has none among them."""
+    folders = {e.name: e.folder for e in examples.select("test")}
+    missing = dict.fromkeys(f for f in folders.values() if f not in {folders[name] for name in names})
+    return [*names, *(next(n for n, folder in folders.items() if folder == f) for f in missing)]
