@@ -40,10 +40,10 @@ format: $(VENV)/.installed ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed ## time the ops against their peers on this machine
-	$(BIN)/python benchmarks/ops.py $(ARGS)
+	$(BIN)/python -m benchmarks.ops $(ARGS)
 
 # Of the Pythons at hand the first that can run it: a cluster's image has a PyTorch of its own, and often no network.
-BENCH_GPU = benchmarks/gpu.py $(if $(TUNE),--tune 90) $(ARGS)
+BENCH_GPU = -m benchmarks.gpu $(if $(TUNE),--tune 90) $(ARGS)
 bench-gpu: ## check and time the Triton kernels on this machine's GPU: a table, and JSON (8 minutes; TUNE=1 tunes first)
 	@for p in python3 python $(PYTHON) $(BIN)/python; do \
 		$$p -c 'import timm, torch, triton; assert torch.cuda.is_available()' 2>/dev/null && exec $$p $(BENCH_GPU); done; \

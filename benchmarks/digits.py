@@ -1,8 +1,8 @@
 """Does every family learn? A small member of each, trained on handwritten digits by the command that users type.
 
-    python benchmarks/digits.py                              # every configs/model/*_digits.yaml, one after the other
-    python benchmarks/digits.py --config van_digits          # these alone; the rows of the others are kept
-    python benchmarks/digits.py --seed 1 --out /tmp/digits_seed1.json
+    python -m benchmarks.digits                              # every configs/model/*_digits.yaml, one after the other
+    python -m benchmarks.digits --config van_digits          # these alone; the rows of the others are kept
+    python -m benchmarks.digits --seed 1 --out /tmp/digits_seed1.json
 
 Writes a JSON file and, beside it, the same as a table. CPU seconds are those of the whole process, with the start of
 Python, the evaluation after each epoch and the writing of checkpoints; they say what a run costs on a machine that is
@@ -24,10 +24,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks")]  # `ops` is the file beside this one
-
-from ops import environment  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.environment import command_line, environment
 
 GOAL = 95.0  # % top-1 on the 359 held-out digits
 CONFIGS = tuple(sorted(path.stem for path in (ROOT / "configs/model").glob("*_digits.yaml")))
@@ -53,7 +51,7 @@ def train(config: str, seed: int) -> dict[str, Any]:
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         summary = json.loads((run / "summary.json").read_text())
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    found = environment(torch.device("cpu"), summary["threads"], [])
+    found = environment(torch.device("cpu"), summary["threads"], "")
     return {
         "family": config.removesuffix("_digits"),
         "config": config,
@@ -103,7 +101,11 @@ def _machine(found: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.digits",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", action="append", choices=CONFIGS, help="repeatable; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/digits.json")
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = tuple(args.config or CONFIGS)
     old = json.loads(args.out.read_text())["results"] if args.config and args.out.exists() else []
     rows = {row["config"]: row for row in old if row["config"] in CONFIGS}
-    command = shlex.join(["python", "benchmarks/digits.py", *([f"--seed={args.seed}"] if args.seed else [])])
+    command = command_line("digits", [f"--seed={args.seed}"] if args.seed else [])
     for config in chosen:
         row = rows[config] = train(config, args.seed)
         print(

@@ -1,8 +1,8 @@
 """The Triton kernels on this machine's GPU: correctness, then time, peers, fraction of the floor, peak memory.
 
     make bench-gpu
-    python benchmarks/gpu.py --part ops --op neighborhood --dtype float16
-    python benchmarks/gpu.py --dry-run          # tiny shapes in Triton's interpreter, no GPU: does the harness work?
+    python -m benchmarks.gpu --part ops --op neighborhood --dtype float16
+    python -m benchmarks.gpu --dry-run          # tiny shapes in Triton's interpreter, no GPU: does the harness work?
 
 First the ops, then whole models in eager mode, then the same compiled, until `--budget` seconds are over; what they did
 not suffice for is named. Each case runs in a process of its own: one that crashes, hangs or ruins its GPU context costs
@@ -16,95 +16,25 @@ import contextlib
 import getpass
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # `ops` and `models` are the files beside this one
+from benchmarks import ROOT
+from benchmarks.gpu_jobs import import_zoo, model_case, op_case, probe
 
-
-def import_zoo() -> str | None:
-    """Import the package, or its ops alone and the reason, where timm is too old for its models."""
-    try:
-        import zoo.models  # noqa: F401
-    except ImportError as error:
-        sys.modules["zoo"] = types.ModuleType("zoo")
-        sys.modules["zoo"].__path__ = [str(ROOT / "zoo")]
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-if __name__ == "__mp_main__":  # the process that all others are forked from: it imports what they need, once
-    with contextlib.suppress(ImportError):
-        import_zoo()
-        import gpu_ops  # noqa: F401
-        import torch
-
-        # the compiler asks for a GPU when it is imported, and a process that asked cannot be forked any more
-        asked, torch.cuda.is_available = torch.cuda.is_available, lambda: "TRITON_INTERPRET" not in os.environ
-        import torch._inductor.compile_fx
-
-        torch.cuda.is_available = asked
-
+_PRELOAD = ["benchmarks.preload"]
 _NO_GPU = "PyTorch sees no GPU here; --dry-run tries the harness without one"
 _CASE_LIMIT = 75.0  # seconds after which a case is stopped, and of which peers may begin in the first
 _PEERS_UNTIL = 45.0
+_PATIENCE = 10  # as often as long in a dry run: the interpreter is slow
 # how much of the budget is over when each part ends, at the latest
 _SHARES = {"prepared": 0.2, "ops": 0.58, "models": 0.74}
-
-
-def probe(report: Callable[[Any], None], dry_run: bool, arguments: Sequence[str]) -> None:
-    """The machine, and the names of what there is to measure."""
-    import torch
-    import triton
-    from gpu_ops import Settings, build
-
-    import models
-    from ops import environment
-    from zoo.ops._local.tuning import load_table, table_path
-
-    settings = Settings(dry_run=dry_run)
-    torch.zeros(1, device=settings.device)
-    found = environment(settings.device, torch.get_num_threads(), arguments)
-    found |= {"command": shlex.join(["python", "benchmarks/gpu.py", *arguments]), "torch": torch.__version__}
-    found["triton"] = triton.__version__
-    table = None if dry_run else table_path(torch.cuda.get_device_name())
-    found["tuned_configurations"] = len(load_table(table)) if table is not None and table.exists() else 0
-    memory = 0 if dry_run else torch.cuda.get_device_properties(0).total_memory >> 30
-    cases = [(case.op, case.name) for case in build(settings)]
-    report({"environment": found, "cases": cases, "models": list(models.GPU_ORDER), "memory_gib": memory})
-
-
-def op_case(report: Callable[[Any], None], settings: dict[str, Any], number: int, seconds: float | None) -> None:
-    """Measure a case, or without a number of seconds prepare it."""
-    import gpu_ops
-
-    if seconds is None:
-        gpu_ops.prepare(report, gpu_ops.Settings(**settings), number)
-    else:
-        gpu_ops.measure(report, gpu_ops.Settings(**settings), number, seconds)
-
-
-def model_case(
-    report: Callable[[Any], None], run: dict[str, Any], prepared: str | None = None, alone: bool = False
-) -> None:
-    """Measure a model, or compile what "ours" or its "peer" needs; alone: nothing was compiled before."""
-    import models
-
-    if not alone:
-        models.compile_threads(1)  # beside others that compile, or from a cache
-    if prepared is None:
-        models.measure_gpu(report, models.GpuRun(**run))
-    else:
-        models.prepare_gpu(report, models.GpuRun(**run), prepared)
 
 
 class Bench:
@@ -122,7 +52,7 @@ class Bench:
         self.method = "forkserver"
 
     def run(self, jobs: Sequence[Any], **limits: Any) -> list[Any]:
-        endings: list[Any] = self.processes.run(jobs, method=self.method, preload=["__main__"], **limits)
+        endings: list[Any] = self.processes.run(jobs, method=self.method, preload=_PRELOAD, **limits)
         return endings
 
     def until(self, part: str) -> float:
@@ -178,7 +108,7 @@ class Bench:
 
     def measure(self, key: str, what: dict[str, Any], function: Callable[..., None], *arguments: Any) -> None:
         """Run one case alone on the machine; its rows join the report, whatever becomes of it."""
-        most = 10 * _CASE_LIMIT if self.options.dry_run else _CASE_LIMIT
+        most = _PATIENCE * _CASE_LIMIT if self.options.dry_run else _CASE_LIMIT
         limit = max(5.0, min(most, self.end - time.monotonic()))
         (ending,) = self.run([self.processes.Job(function, arguments, limit)])
         title = ", ".join(str(x) for x in what.values())
@@ -207,7 +137,8 @@ class Bench:
             if seconds <= 0:
                 self.left_out(f"{op}, {name} (the time was up)")
                 continue
-            self.measure("results", {"op": op, "case": name}, op_case, settings, i, min(_PEERS_UNTIL, seconds))
+            until = _PATIENCE * _PEERS_UNTIL if options.dry_run else _PEERS_UNTIL
+            self.measure("results", {"op": op, "case": name}, op_case, settings, i, min(until, seconds))
 
     def models(self) -> list[str]:
         if self.options.part == "ops" or self.no_models is not None:
@@ -333,13 +264,17 @@ def usable_caches() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the JSON, print the table; 1 where something of ours is wrong, 2 where nothing can be measured."""
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--part", choices=("ops", "models", "both"), default="both")
     parser.add_argument("--op", action="append", help="of the ops only these")
     parser.add_argument("--model", action="append", help="of the models only these")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the ops")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds for everything")
-    parser.add_argument("--tune", type=float, metavar="SECONDS", help="first let `zoo bench tune` search that long")
+    parser.add_argument("--tune", type=float, metavar="SECONDS", help="first let `zoo tune` search that long")
     parser.add_argument("--workers", type=int, help="processes that compile side by side; default: by CPUs and memory")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, on the CPU")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_<name of the GPU>.json")
@@ -348,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # must be there before triton is imported
     usable_caches()
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that asks CUDA itself cannot be forked
-    forkserver.set_forkserver_preload(["__main__", "zoo.processes"])
+    forkserver.set_forkserver_preload([*_PRELOAD, "zoo.processes"])
     forkserver.ensure_running()  # it imports beside this process
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -361,10 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         problem = f"{error} (with {sys.executable})"
     if problem is not None:
-        print(f"benchmarks/gpu.py: {problem}", file=sys.stderr)
+        print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2
     if options.tune:
-        command = [sys.executable, "-m", "zoo", "bench", "tune", "--budget", str(options.tune)]
+        command = [sys.executable, "-m", "zoo", "tune", "--budget", str(options.tune)]
         command += ["--batch", "128", "--dtype", options.dtype]
         try:
             code: int | None = subprocess.run(command, cwd=ROOT, check=False, timeout=options.tune + 45).returncode

@@ -1,9 +1,9 @@
 """Images per second of the backbones, against timm's own models or the same model with textbook attention.
 
-    python benchmarks/models.py --threads 2 --out benchmarks/results/models_cpu.json
-    python benchmarks/models.py --model nat_tiny --batch 4 --rounds 3
-    python benchmarks/models.py --device cuda --dtype bfloat16 --channels-last --batch 128 [--compile]   # or gpu.py
-    python benchmarks/models.py --scaling --out benchmarks/results/models_scaling_cpu.json
+    python -m benchmarks.models --threads 2 --out benchmarks/results/models_cpu.json
+    python -m benchmarks.models --model nat_tiny --batch 4 --rounds 3
+    python -m benchmarks.models --device cuda --dtype bfloat16 --channels-last --batch 128 [--compile]
+    python -m benchmarks.models --scaling --out benchmarks/results/models_scaling_cpu.json
 
 Peers share the weights and must agree before anything is timed. Their calls are interleaved, round after round, and the
 median of each is reported. Peak memory is measured in a process of its own per model: how far the resident set grows
@@ -17,7 +17,6 @@ import gc
 import json
 import math
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -29,153 +28,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # `ops` is the file beside this one
-
-import timm  # noqa: E402
-
-import zoo  # noqa: E402,F401  registers the models
-from ops import environment, synchronize  # noqa: E402
+import zoo  # noqa: F401  registers the models
+from benchmarks import ROOT, textbook
+from benchmarks.environment import command_line, environment, synchronize
+from zoo import ops
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# ---- textbook forms: what the papers' pseudo-code says, in the fewest lines of PyTorch
-
-
-def neighborhood_gather(
-    qkv: Tensor, kernel_size: Any, *, dilation: Any = 1, bias: Tensor, scale: float, **_: Any
-) -> Tensor:
-    """Neighborhood attention by gathering every query's keys and values."""
-    height, width = qkv.shape[1:3]
-    tables = _tables if torch.compiler.is_compiling() else _kept_tables
-    keys, pairs = tables((height, width), _pair(kernel_size), _pair(dilation), qkv.device)
-    q, k, v = qkv.flatten(1, 2).unbind(2)
-    logits = torch.einsum("bnhd,bnkhd->bnhk", q * scale, k[:, keys])
-    logits = logits + bias.flatten(1)[:, pairs].transpose(0, 1)
-    out = torch.einsum("bnhk,bnkhd->bnhd", logits.softmax(-1), v[:, keys])
-    return out.unflatten(1, (height, width))
-
-
-def _pair(x: Any) -> tuple[int, int]:
-    return (x, x) if isinstance(x, int) else (x[0], x[1])
-
-
-def _tables(
-    size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Every query's keys, and where their biases stand in a head's flattened table: (N, k * k) each."""
-    (rows, rel_h), (cols, rel_w) = (_windows(*axis, device) for axis in zip(size, kernel_size, dilation, strict=True))
-    keys = rows[:, None, :, None] * size[1] + cols[None, :, None, :]
-    pairs = rel_h[:, None, :, None] * (2 * kernel_size[1] - 1) + rel_w[None, :, None, :]
-    return keys.flatten(2).flatten(0, 1), pairs.flatten(2).flatten(0, 1)
-
-
-# made once, as a module would; not as inference tensors, which a later training step could not save
-_kept_tables = functools.lru_cache(maxsize=64)(torch.inference_mode(mode=False)(_tables))
-
-
-def _windows(length: int, kernel: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    token = torch.arange(length, device=device)
-    phase, query = token % dilation, token // dilation
-    count = (length - phase + dilation - 1) // dilation
-    start = torch.minimum((query - kernel // 2).clamp(min=0), count - kernel)[:, None]
-    start = start + torch.arange(kernel, device=device)
-    return start * dilation + phase[:, None], start - query[:, None] + kernel - 1
-
-
-def routing_gather(
-    q: Tensor, k: Tensor, v: Tensor, regions: Any, topk: int, *, scale: float, index: Tensor, **_: Any
-) -> Tensor:
-    """Bi-level routing attention by gathering the chosen regions' keys and values."""
-    batch, height, width, heads, dim = q.shape
-    rows, cols = _pair(regions)
-
-    def cut(x: Tensor) -> Tensor:  # (B, H, W, nh, d) -> (B, R, n, nh, d)
-        x = x.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
-        return x.flatten(3, 4).flatten(1, 2)
-
-    def gather(x: Tensor) -> Tensor:
-        x = cut(x)
-        where = index[..., None, None, None].expand(-1, -1, -1, *x.shape[2:])
-        return x[:, None].expand(-1, rows * cols, -1, -1, -1, -1).gather(2, where).flatten(2, 3)
-
-    logits = torch.einsum("brnhd,brmhd->brhnm", cut(q) * scale, gather(k))
-    out = torch.einsum("brhnm,brmhd->brnhd", logits.softmax(-1), gather(v))
-    out = out.unflatten(1, (rows, cols)).unflatten(3, (height // rows, width // cols)).transpose(2, 3)
-    return out.reshape(batch, height, width, heads, v.shape[-1])
-
-
-def window_partition(qkv: Tensor, window_size: Any, **_: Any) -> Tensor:
-    """Window attention by partitioning, a full score tensor, and putting the windows back."""
-    side = _pair(window_size)
-    batch, height, width, _, heads, dim = qkv.shape
-    x = qkv.unflatten(2, (-1, side[1])).unflatten(1, (-1, side[0])).transpose(2, 3)
-    q, k, v = x.reshape(-1, side[0] * side[1], 3, heads, dim).permute(2, 0, 3, 1, 4)
-    out = ((q * dim**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-    out = out.transpose(1, 2).reshape(batch, height // side[0], width // side[1], *side, heads, dim).transpose(2, 3)
-    return out.reshape(batch, height, width, heads, dim)
-
-
-def large_kernel_direct(
-    x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, **_: Any
-) -> Tensor:
-    """Large kernel attention as three convolutions and a product."""
-    attn = F.conv2d(x, w0, b0, padding=w0.shape[-1] // 2, groups=x.shape[1])
-    attn = F.conv2d(attn, w1, b1, padding=3 * (w1.shape[-1] // 2), dilation=3, groups=x.shape[1])
-    return x * F.conv2d(attn, w2, b2)
-
-
-def sampling_unfold(
-    x: Tensor, token_size: Any, *, n_iter: int = 1, scale: float | None = None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """Super-token sampling with unfold and fold."""
-    side = _pair(token_size)
-    cells = x.unflatten(2, (-1, side[1])).unflatten(1, (-1, side[0])).transpose(2, 3).flatten(3, 4)  # (B, h, w, n, C)
-    batch, rows, cols, _, channels = cells.shape
-    with torch.no_grad():
-        tokens = cells.mean(3)
-        for i in range(n_iter):
-            near = _unfold(tokens)
-            affinity = (cells @ near.transpose(-2, -1) * (scale or channels**-0.5)).softmax(-1)
-            mass = _fold(affinity.sum(3).unsqueeze(-1)) + 1e-12
-            if i < n_iter - 1:
-                tokens = _fold(affinity.transpose(-2, -1) @ cells) / mass
-    tokens = _fold(affinity.transpose(-2, -1) @ cells) / mass
-    spread = affinity.unflatten(3, side).transpose(2, 3).reshape(batch, rows * side[0], cols * side[1], 9)
-    return tokens, spread
-
-
-def mapping_unfold(tokens: Tensor, affinity: Tensor, token_size: Any, **_: Any) -> Tensor:
-    """Super-token mapping with unfold."""
-    side = _pair(token_size)
-    weights = affinity.unflatten(2, (-1, side[1])).unflatten(1, (-1, side[0])).transpose(2, 3).flatten(3, 4)
-    out = (weights @ _unfold(tokens)).unflatten(3, side).transpose(2, 3)
-    return out.reshape(*affinity.shape[:3], tokens.shape[-1])
-
-
-def _unfold(tokens: Tensor) -> Tensor:  # (B, h, w, C) -> (B, h, w, 9, C)
-    batch, rows, cols, channels = tokens.shape
-    near = F.unfold(tokens.permute(0, 3, 1, 2), 3, padding=1)
-    return near.view(batch, channels, 9, rows, cols).permute(0, 3, 4, 2, 1)
-
-
-def _fold(parts: Tensor) -> Tensor:  # (B, h, w, 9, C) -> (B, h, w, C)
-    batch, rows, cols, _, channels = parts.shape
-    flat = parts.permute(0, 4, 3, 1, 2).reshape(batch, channels * 9, rows * cols)
-    return F.fold(flat, (rows, cols), 3, padding=1).permute(0, 2, 3, 1)
-
-
-# ---- what is measured
-
-
 @dataclass(frozen=True)
 class Entry:
-    """A model and its peer: a timm model that takes the same weights, or textbook functions that replace ours.
+    """A model and its peer: a timm model that takes the same weights, or textbook functions in the place of our ops.
 
     forward_goal, training_goal: how many times faster than the peer it is meant to be on a CPU.
     """
@@ -197,23 +64,23 @@ ENTRIES = (
     Entry("zoo_halonet26t", timm="halonet26t", forward_goal=1.0, training_goal=1.0),
     Entry(
         "nat_tiny",
-        textbook=(("zoo.models.nat.neighborhood_attention_qkvpacked", neighborhood_gather),),
+        textbook=(("neighborhood_attention_qkvpacked", textbook.neighborhood_gather_packed),),
         forward_goal=3.0,
         training_goal=3.0,
     ),
     Entry(
         "biformer_tiny",
-        textbook=(("zoo.models.biformer.routing_attention", routing_gather),),
+        textbook=(("routing_attention", textbook.routing_gather),),
         forward_goal=1.3,
         training_goal=1.3,
     ),
-    Entry("van_b0", textbook=(("zoo.models.van.large_kernel_attention", large_kernel_direct),)),
-    Entry("litv2_s", textbook=(("zoo.models.litv2.window_attention_qkvpacked", window_partition),)),
+    Entry("van_b0", textbook=(("large_kernel_attention", textbook.large_kernel_direct),)),
+    Entry("litv2_s", textbook=(("window_attention_qkvpacked", textbook.window_partitioned_packed),)),
     Entry(
         "stvit_small",
         textbook=(
-            ("zoo.models.stvit.super_token_sampling", sampling_unfold),
-            ("zoo.models.stvit.super_token_mapping", mapping_unfold),
+            ("super_token_sampling", textbook.sampling_unfold),
+            ("super_token_mapping", textbook.mapping_unfold),
         ),
     ),
 )
@@ -222,6 +89,13 @@ GPU_ORDER = (  # the most telling first
     "litv2_s",
 )  # fmt: skip
 SCALING = ("nat_mini", "zoo_maxvit_pico_rw_256", "zoo_davit_tiny", "van_b0")
+
+
+def input_size(name: str) -> Sequence[int]:
+    """Height and width of the images that a model is published for."""
+    found = timm.models.get_pretrained_cfg(name)
+    assert found is not None
+    return found.input_size[-2:]
 
 
 def build(entry: Entry, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -235,10 +109,19 @@ def build(entry: Entry, device: torch.device, dtype: torch.dtype) -> tuple[nn.Mo
 
 @contextlib.contextmanager
 def replaced(entry: Entry, peer: bool) -> Iterator[None]:
-    """Inside the block the peer's attention is the textbook one."""
+    """Inside the block the peer's attention is the textbook one.
+
+    Raises:
+        LookupError: no model's file imports the op that is to be replaced.
+    """
     with contextlib.ExitStack() as stack:
-        for target, function in entry.textbook if peer else ():
-            stack.enter_context(mock.patch(target, function))
+        for name, function in entry.textbook if peer else ():
+            op = getattr(ops, name)
+            users = [m for n, m in list(sys.modules.items()) if n.startswith("zoo.models.") and vars(m).get(name) is op]
+            if not users:
+                raise LookupError(f"no file of zoo.models imports {name}")
+            for module in users:
+                stack.enter_context(mock.patch.object(module, name, function))
         yield
 
 
@@ -262,10 +145,10 @@ MODES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"forward": forward, "
 def measure(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
     """Median images per second of both, and how much memory a step takes."""
     device, dtype = options.device, _DTYPES[options.dtype]
-    models = dict(zip((entry.name, entry.peer), build(entry, device, dtype), strict=True))
+    models: dict[str, Any] = dict(zip((entry.name, entry.peer), build(entry, device, dtype), strict=True))
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     models = {name: model.to(memory_format=layout) for name, model in models.items()}
-    size = models[entry.name].pretrained_cfg["input_size"][-2:]
+    size = input_size(entry.name)
     images = torch.randn(options.batch, 3, *size, device=device, dtype=dtype).contiguous(memory_format=layout)
     if options.compile:
         models = {name: torch.compile(model, dynamic=False) for name, model in models.items()}
@@ -316,7 +199,7 @@ def _gpu_memory(entry: Entry, peer: bool, step: Callable[[], Any]) -> int:
     return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
-# ---- on a GPU: each of these runs in a process of its own (gpu.py)
+# ---- on a GPU: each of these runs in a process of its own (benchmarks.gpu)
 
 
 @dataclass(frozen=True)
@@ -346,15 +229,15 @@ class GpuRun:
         dtype = torch.float32 if self.dry_run else torch.bfloat16
         with self.device:  # a GPU draws the initial weights much faster
             built = build(self.entry, self.device, dtype)
-        ours, peer = (m.to(memory_format=torch.channels_last) for m in built)
+        made: list[Any] = [m.to(memory_format=torch.channels_last) for m in built]
         if self.compiled:
             backend = "eager" if self.dry_run else "inductor"
-            ours, peer = (torch.compile(m, dynamic=False, backend=backend) for m in (ours, peer))
-        return ours, peer
+            made = [torch.compile(m, dynamic=False, backend=backend) for m in made]
+        return made[0], made[1]
 
     def images(self, mode: str, count: int) -> Tensor:
         """The first images of the mode's batch."""
-        size = timm.models.get_pretrained_cfg(self.name).input_size[-2:]
+        size = input_size(self.name)
         generator = torch.Generator(self.device).manual_seed(0)
         images = torch.randn(self.batch(mode), 3, *size, device=self.device, generator=generator)[:count]
         images = images.to(torch.float32 if self.dry_run else torch.bfloat16)
@@ -525,18 +408,19 @@ def describe(error: BaseException) -> str:
 
 def _memory(entry: Entry, mode: str, peer: bool, options: argparse.Namespace) -> int:
     """Peak resident memory of one step above the built model, in MiB, from a fresh process."""
-    command = [sys.executable, __file__, "--memory", entry.name, mode, "peer" if peer else "ours"]
+    command = [sys.executable, "-m", "benchmarks.models", "--memory", entry.name, mode, "peer" if peer else "ours"]
     command += ["--batch", str(options.batch), "--dtype", options.dtype, "--threads", str(options.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def memory_child(name: str, mode: str, which: str, options: argparse.Namespace) -> None:
+def memory_child(options: argparse.Namespace) -> None:
+    name, mode, which = options.memory
     entry = next(e for e in ENTRIES if e.name == name)
     ours, peer = build(entry, torch.device("cpu"), _DTYPES[options.dtype])
     model = peer if which == "peer" else ours
     del ours, peer
-    size = timm.models.get_pretrained_cfg(entry.name).input_size[-2:]
+    size = input_size(entry.name)
     images = torch.randn(options.batch, 3, *size, dtype=_DTYPES[options.dtype])
     with replaced(entry, which == "peer"):
         MODES[mode](model, images[:1])
@@ -565,7 +449,11 @@ def scaling(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a line per model, write the JSON; 1 where a model disagrees with its peer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", action="append", choices=[e.name for e in ENTRIES], help="default: all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -581,7 +469,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.memory:
-        memory_child(*options.memory, options)
+        memory_child(options)
         return 0
 
     rows = []
@@ -597,10 +485,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(measure(entry, options))
                 print(_line(rows[-1]), flush=True)
     if options.out:
-        found = environment(options.device, options.threads, arguments)
-        found["command"] = shlex.join(
-            ["python", "benchmarks/models.py", *(sys.argv[1:] if arguments is None else arguments)]
-        )
+        command = command_line("models", sys.argv[1:] if arguments is None else arguments)
+        found = environment(options.device, options.threads, command)
         options.out.write_text(json.dumps({"environment": found, "results": rows}, indent=2) + "\n")
     allowed = 1e-2 if options.dtype == "float32" else 1e-1  # of the logits' standard deviation
     return int(any(row.get("difference", 0) > allowed for row in rows))

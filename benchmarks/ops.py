@@ -1,38 +1,32 @@
 """How much faster the ops are than the textbook forms of the same computation.
 
-    python benchmarks/ops.py --threads 2 --out benchmarks/results/ops_cpu.json
-    python benchmarks/ops.py --op neighborhood --quick
+    python -m benchmarks.ops --threads 2 --out benchmarks/results/ops_cpu.json
+    python -m benchmarks.ops --op neighborhood --quick
 
-Every op has a module in benchmarks/cases (the package's docstring says what one must hold). For each case the
-implementations are first required to agree, outputs and gradients; then their calls are timed in turn, round after
-round, so that a change of the machine's speed meets all alike, and the median of each is reported.
+The cases are those of zoo.ops.examples tagged "cpu", their peers are in benchmarks/cases. The implementations of a case
+are first required to agree, outputs and gradients; then their calls are timed in turn, round after round, so that a
+change of the machine's speed meets all alike, and the median of each is reported.
 """
 
 import argparse
 import fnmatch
-import importlib
-import importlib.metadata
 import json
-import os
-import pkgutil
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks import cases
+from benchmarks.cases import Goals, Peer
+from benchmarks.environment import command_line, environment, synchronize
+from zoo.ops.examples import select
 
-import cases  # noqa: E402
-from cases import Case, Implementation  # noqa: E402
+__all__ = ["differences", "main"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -40,8 +34,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, tor
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON; 1 where implementations disagree."""
-    known = sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted({example.folder for example in select("cpu")})
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", action="append", choices=known, help="default: all")
     parser.add_argument("--case", default="*", help="only cases whose name matches this pattern")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -58,27 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     agree = True
     for op in options.op or known:
-        module = importlib.import_module(f"cases.{op}")
-        for case in module.CASES:
-            if (options.quick and not case.quick) or not fnmatch.fnmatch(case.name, options.case):
+        for case in select("cpu", *(["quick"] if options.quick else []), folder=op):
+            if not fnmatch.fnmatch(case.name, options.case):
                 continue
             torch.manual_seed(0)
-            dtype = _DTYPES[options.dtype]
-            tensors = [x.to(options.device, dtype) for x in module.inputs(case)]
-            implementations = module.implementations(case, options.device, dtype)
+            tensors = [x.to(options.device, _DTYPES[options.dtype]) for x in case.inputs()]
+            peers = {name: p for name, p in cases.peers(case, tensors).items() if isinstance(p, Peer)}
+            implementations = {"zoo": Peer(case.bound(tensors)), **peers}
             for row in measure(implementations, tensors, repeats, options.forward_only):
-                row = {"op": op, "case": case.name, **row, **goals(case, row, options.device)}
+                row = {"op": op, "case": case.name, **row, **goals(cases.goals(case), row, options.device)}
                 rows.append(row)
                 agree &= row["agrees"]
                 print(format_row(row), flush=True)
     if options.out:
-        report = {"environment": environment(options.device, options.threads, arguments), "results": rows}
+        command = command_line("ops", sys.argv[1:] if arguments is None else arguments)
+        report = {"environment": environment(options.device, options.threads, command), "results": rows}
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if agree else 1
 
 
 def measure(
-    implementations: dict[str, Implementation], tensors: Sequence[Tensor], repeats: int, forward_only: bool
+    implementations: Mapping[str, Peer], tensors: Sequence[Tensor], repeats: int, forward_only: bool
 ) -> Iterator[dict[str, Any]]:
     """Median milliseconds of each implementation, forward and, of those that train, forward and backward."""
     grad = torch.randn_like(next(iter(implementations.values())).function(*tensors))
@@ -127,14 +123,9 @@ def differences(results: dict[str, list[Tensor]]) -> dict[str, float]:
     }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def goals(case: Case, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def goals(aims: Goals, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The ratios that were aimed at, and which of them were missed; goals are for CPUs."""
-    wanted = case.forward_goals if row["mode"] == "forward" else case.training_goals
+    wanted = aims.forward if row["mode"] == "forward" else aims.training
     if device.type != "cpu" or not wanted:
         return {}
     return {"goals": dict(wanted), "missed": [peer for peer, goal in wanted.items() if row["ratio"][peer] < goal]}
@@ -149,54 +140,6 @@ def format_row(row: dict[str, Any]) -> str:
         ratios.append(f"{peer} {ratio:.1f}x{note}")
     verdict = "" if row["agrees"] else "  DISAGREE " + str(row["largest_difference"])
     return f"{row['op']} {row['case']:<18} {row['mode']:<8} {ours[1]:9.2f} ms  " + "  ".join(ratios) + verdict
-
-
-def environment(device: torch.device, threads: int, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """Everything that a reader needs to judge the figures or to take them again."""
-    found: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/ops.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "cpu": cpu_name(),
-        "threads": threads,
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "git_revision": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
-    for package in ("torch", "triton", "timm"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": driver()}
-    return found
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def git(*arguments: str) -> str | None:
-    return output("git", "-C", str(ROOT), *arguments)
-
-
-def driver() -> str | None:
-    found = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
-
-
-def output(*command: str) -> str | None:
-    """What a command prints; None where it fails, or is not installed."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

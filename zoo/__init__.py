@@ -1,5 +1,12 @@
-"""Vision backbones with local, routed and sparse attention; importing the package registers its models with timm."""
+"""Vision backbones with local, routed and sparse attention; importing the package registers its models with timm.
+
+With ZOO_WITHOUT_MODELS=1 in the environment it does not: `zoo.ops` then needs PyTorch alone, and no timm.
+"""
+
+import os
 
 from . import _links as _links  # first, for nothing else can be imported without links
-from . import models as models
 from ._version import __version__ as __version__
+
+if os.environ.get("ZOO_WITHOUT_MODELS") != "1":
+    from . import models as models

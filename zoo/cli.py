@@ -120,9 +120,9 @@ def _doctor(argv: Sequence[str]) -> int:
     return run()
 
 
-def _bench(argv: Sequence[str]) -> int:
-    """time the ops or the models, or tune the kernels for this GPU: zoo bench ops|models|gpu|tune"""
-    from zoo.bench import main as run
+def _tune(argv: Sequence[str]) -> int:
+    """fill the table of tile configurations of this machine's GPU: zoo tune --budget 300"""
+    from zoo.tune import main as run
 
     return run(argv)
 
@@ -135,7 +135,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "list": _list,
     "info": _info,
     "doctor": _doctor,
-    "bench": _bench,
+    "tune": _tune,
 }
 
 

@@ -9,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.ops import _tuning as tuning
 from zoo.ops._triton import fits_int32, unit, upcast
+from zoo.ops._tuning import Config
 
-from . import tuning
 from .geometry import Axis, Plan, partitions, plan
 from .kernels import (
     bias_gradient_kernel,
@@ -21,7 +22,6 @@ from .kernels import (
     rows_kernel,
     square_kernel,
 )
-from .tuning import Config
 
 __all__ = ["Relative", "local_backward", "local_forward"]
 

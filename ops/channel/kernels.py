@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops._local import tuning
-from zoo.ops._local.tuning import Config
+from zoo.ops import _tuning as tuning
 from zoo.ops._triton import load, unit, upcast
+from zoo.ops._tuning import Config
 
 __all__ = ["channel_backward_triton", "channel_forward_triton"]
 

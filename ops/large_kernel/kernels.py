@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops._local import tuning
-from zoo.ops._local.tuning import Config
+from zoo.ops import _tuning as tuning
 from zoo.ops._triton import INTERPRET, block, load, upcast
+from zoo.ops._tuning import Config
 
 __all__ = ["large_kernel_attention_backward_triton", "large_kernel_attention_triton"]
 

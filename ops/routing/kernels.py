@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops._local import tuning
-from zoo.ops._local.tuning import Config
+from zoo.ops import _tuning as tuning
 from zoo.ops._triton import INTERPRET, LOG2E, block, fits_int32, load, unit, upcast
+from zoo.ops._tuning import Config
 
 from .layout import Pair, grid_size, key_region_size
 

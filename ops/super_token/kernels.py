@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops._local import tuning
-from zoo.ops._local.tuning import Config
+from zoo.ops import _tuning as tuning
 from zoo.ops._triton import block, fits_int32, load, unit, upcast
+from zoo.ops._tuning import Config
 
 from .reference import EPS
 

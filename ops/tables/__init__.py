@@ -1,1 +1,1 @@
-"""Tile configurations per GPU, `<name of the GPU>.json`: `zoo bench tune` writes them, `ops/_local/tuning.py` reads."""
+"""Tile configurations per GPU, `<name of the GPU>.json`: `zoo tune` writes them, `ops/_tuning.py` reads them."""

@@ -540,8 +540,8 @@ def test_triton_offsets_of_64_bits(form: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("config", [(32, 32, 8, 1), (128, 128, 2, 3)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_triton_configurations(form: str, config: tuple[int, int, int, int]) -> None:
-    """What `zoo bench tune` may try, in every pass."""
-    tuning = pytest.importorskip("zoo.ops._local.tuning")
+    """What `zoo tune` may try, in every pass."""
+    tuning = pytest.importorskip("zoo.ops.tuning")
     with contextlib.ExitStack() as stack:
         for direction in ("forward", "rows", "columns"):
             stack.enter_context(tuning.forced("routing", direction, tuning.Config(*config)))

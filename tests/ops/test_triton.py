@@ -15,6 +15,7 @@ import torch
 from triton_cases import (
     CASES,
     DEVICE,
+    HALF,
     Case,
     channel,
     check,
@@ -40,9 +41,7 @@ def test_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(
-    "name", ["na-3-odd-map", "window", "halo-zero", "routing", "channel", "sampling", "mapping", "large-kernel"]
-)
+@pytest.mark.parametrize("name", HALF)
 def test_half(name: str, dtype: torch.dtype) -> None:
     check(CASES[name](), dtype)
 

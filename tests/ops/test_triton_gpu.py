@@ -13,11 +13,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from triton_cases import CASES, check, first
+from triton_cases import CASES, check, first, with_new_ops
 
 import zoo  # noqa: F401  registers the models
 from zoo import ops
-from zoo.ops._examples import EXAMPLES
+from zoo.ops import examples
+from zoo.ops.examples import Example
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -118,14 +119,13 @@ def test_training_with_triton_follows_training_with_the_reference() -> None:
     assert float(smooth[1][-1]) < 0.3 < 1.5 < kernels[0]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
-def test_cuda_graph(example: Any) -> None:
+@pytest.mark.parametrize("example", examples.select("tiny"), ids=lambda e: e.op)
+def test_cuda_graph(example: Example) -> None:
     """Forward and backward are captured (so nothing waits for the host) and replayed on other inputs."""
-    op: Callable[..., Any] = getattr(ops, example.name)
-    leaves = [x.cuda().requires_grad_() for x in example.inputs()]
+    leaves = [x.cuda().requires_grad_() for x in example.inputs(generator=torch.Generator().manual_seed(0))]
 
     def step() -> list[Tensor]:
-        out = first(example.call(op, leaves, backend="triton"))
+        out = example.call(leaves, backend="triton")
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)]
 
     stream = torch.cuda.Stream()
@@ -203,17 +203,11 @@ def test_large_kernel_past_two_to_the_31_elements() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "na-3-odd-map",
-        "window-odd-shifted",
-        "halo-strided",
-        "routing",
-        "channel",
-        "sampling",
-        "mapping",
+    with_new_ops(
+        "na-3-odd-map", "window-odd-shifted", "halo-strided", "routing", "channel", "sampling", "mapping",
         "large-kernel-33-channels",
-    ],
-)
+    ),
+)  # fmt: skip
 def test_memcheck(name: str) -> None:
     """compute-sanitizer finds no access out of bounds, forward and backward."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from triton_cases import CASES, DEVICE, Case, first
+from triton_cases import CASES, DEVICE, Case, first, with_new_ops
 
 from zoo import ops
 
 pytest.importorskip("triton")
-NAMES = ["na-3-odd-map", "window", "halo-plain", "routing", "channel", "mapping", "large-kernel-33-channels"]
+NAMES = with_new_ops(
+    "na-3-odd-map", "window", "halo-plain", "routing", "channel", "mapping", "large-kernel-33-channels"
+)
 
 
 def prepare(name: str) -> tuple[Case, list[Tensor]]:

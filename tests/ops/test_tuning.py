@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import CASES, DEVICE, first
+from triton_cases import CASES, DEVICE, first, with_new_ops
 
 pytest.importorskip("triton")
 
-from zoo.ops._local import tuning
-from zoo.ops._local.tuning import Config, Key
+from zoo.ops import _tuning as tuning
+from zoo.ops.tuning import Config, Key
 
 PROBLEM = Key("window", "forward", "float32", 16, (7, 7), 8)
 TABLED = Config(4, 32, 2, 1)
@@ -127,7 +127,7 @@ def test_saving_keeps_the_entries_of_other_problems(folder: Path) -> None:
     assert tuning.load_table(folder / "fake-gpu-9000.json") == {other: TABLED, PROBLEM: HEURISTIC[0]}
 
 
-NAMES = ["window", "halo-zero", "routing", "channel", "sampling", "large-kernel"]
+NAMES = with_new_ops("window", "halo-zero", "routing", "channel", "sampling", "large-kernel")
 
 
 def outcome(name: str) -> tuple[list[Tensor], dict[Key, None]]:

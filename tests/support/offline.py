@@ -1,14 +1,21 @@
 """Compile Triton kernels for a GPU that is not there: types, layouts and shared memory, which no interpreter checks."""
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import zoo.ops
+from zoo.ops import _dispatch
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _OPTIONS = ("num_warps", "num_stages")
@@ -22,46 +29,56 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-class Compiled(list[tuple[str, Any]]):
-    """(kernel name, compiled kernel) of every launch."""
+class Compiled(list[tuple[Any, Any]]):
+    """(kernel, compiled kernel) of every launch."""
 
 
-class _Recorder:
-    def __init__(self, kernel: Any, target: GPUTarget, compiled: Compiled) -> None:
-        self.kernel, self.target, self.compiled = kernel, target, compiled
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            fn = self.kernel
-            options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
-            bound = {**dict(zip(fn.arg_names, args, strict=False)), **kwargs}
-            free = {p.name for p in fn.params if p.do_not_specialize}
-            # what the real launcher specializes on: ones, aligned pointers and multiples of 16
-            constants = {
-                p.name: bound[p.name]
-                for p in fn.params
-                if p.is_constexpr or (p.name not in free and type(bound[p.name]) is int and bound[p.name] == 1)
-            }
-            signature = {n: "constexpr" if n in constants else _type(bound[n]) for n in fn.arg_names}
-            attributes = {
-                (fn.arg_names.index(n),): [["tt.divisibility", 16]]
-                for n, v in bound.items()
-                if n not in constants and n not in free and (isinstance(v, Tensor) or (type(v) is int and v % 16 == 0))
-            }
-            source = ASTSource(
-                fn, signature, constexprs={(fn.arg_names.index(n),): v for n, v in constants.items()}, attrs=attributes
-            )
-            self.compiled.append((fn.__name__, triton.compile(source, target=self.target, options=options)))
-
-        return launch
+def _compile(fn: Any, target: GPUTarget, args: Any, kwargs: dict[str, Any]) -> Any:
+    options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
+    bound = {**dict(zip(fn.arg_names, args, strict=False)), **kwargs}
+    free = {p.name for p in fn.params if p.do_not_specialize}
+    # what the real launcher specializes on: ones, aligned pointers and multiples of 16
+    constants = {
+        p.name: bound[p.name]
+        for p in fn.params
+        if p.is_constexpr or (p.name not in free and type(bound[p.name]) is int and bound[p.name] == 1)
+    }
+    signature = {n: "constexpr" if n in constants else _type(bound[n]) for n in fn.arg_names}
+    attributes = {
+        (fn.arg_names.index(n),): [["tt.divisibility", 16]]
+        for n, v in bound.items()
+        if n not in constants and n not in free and (isinstance(v, Tensor) or (type(v) is int and v % 16 == 0))
+    }
+    source = ASTSource(
+        fn, signature, constexprs={(fn.arg_names.index(n),): v for n, v in constants.items()}, attrs=attributes
+    )
+    return triton.compile(source, target=target, options=options)
 
 
 @contextmanager
-def compile_only(modules: list[tuple[Any, list[str]]], monkeypatch: Any, capability: int = 90) -> Iterator[Compiled]:
-    """Inside the block the named kernels of the launcher modules are compiled when they are launched, and not run."""
+def compile_only(capability: int = 90) -> Iterator[Compiled]:
+    """Inside the block kernels are compiled when they are launched, and not run; ops take their Triton path on a CPU.
+
+    What the ops return is whatever their memory held.
+    """
     compiled = Compiled()
     target = GPUTarget("cuda", capability, 32)
-    for module, names in modules:
-        for name in names:
-            monkeypatch.setattr(module, name, _Recorder(getattr(module, name), target, compiled))
-    yield compiled
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        return lambda *args, **kwargs: compiled.append((kernel, _compile(kernel, target, args, kwargs)))
+
+    with (
+        mock.patch.object(JITFunction, "__getitem__", launcher),
+        mock.patch.object(_dispatch, "_INTERPRET", True),  # what lets tensors on a CPU have the kernels
+    ):
+        yield compiled
+
+
+def kernels() -> list[Any]:
+    """All kernels of all ops."""
+    found = []
+    for module in pkgutil.walk_packages(zoo.ops.__path__, "zoo.ops."):
+        if module.name.endswith(".kernels"):
+            contents = vars(importlib.import_module(module.name)).items()
+            found += [x for n, x in contents if isinstance(x, JITFunction) and n.endswith("_kernel")]
+    return found

@@ -1,6 +1,6 @@
 """Tile configurations: what a table of this GPU says, exactly or for the nearest problem, and a heuristic else.
 
-Tables are files `ops/tables/<name of the GPU>.json`, written by `zoo bench tune` and by nothing else; a GPU without one
+Tables are files `ops/tables/<name of the GPU>.json`, written by `zoo tune` and by nothing else; a GPU without one
 runs the heuristic. A table is a suggestion: where it asks for more shared memory than there is, the heuristic's own
 configurations follow, each of which needs less than the one before it.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["Config", "Key", "forced", "launch", "load_table", "observed", "save_table", "table_path"]
+__all__ = ["Config", "Key", "Table", "forced", "key", "launch", "load_table", "observed", "save_table", "table_path"]
 
-FOLDER = Path(__file__).parent.parent / "tables"
+FOLDER = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""What the ops and the models are measured with, in a checkout: python -m benchmarks.ops | models | gpu | digits."""
+
+from pathlib import Path
+
+__all__ = ["ROOT"]
+
+ROOT = Path(__file__).resolve().parent.parent
