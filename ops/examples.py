@@ -467,7 +467,7 @@ CATALOGUE: tuple[Example, ...] = (
     mapping("mapping 28x28 cell 4", (28, 28), 4, channels=96, batch=2, tags="compile"),
     super_token("2x56x56 c64 cell 8", (56, 56), 8, batch=2, channels=64, tags="cpu quick"),
     super_token("STViT stage 1, C64", (56, 56), 8, batch=128, channels=64, tags="model gpu"),
-    super_token("SViT stage 2, C128", (28, 28), 4, batch=128, channels=128, tags="model"),
+    super_token("STViT stage 2, C128", (28, 28), 4, batch=128, channels=128, tags="model"),
     large_kernel("9x10 c16", (9, 10), 16, tags="tiny"),
     large_kernel("tiny", (5, 5), 16, channels_last=True, tags="trial"),
     large_kernel("large-kernel", (9, 11), 12, batch=2, tags="test", dtypes=_HALF),

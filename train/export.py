@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from timm.models import save_for_hf
 
-from zoo._version import __version__
+from zoo import __version__
 from zoo.errors import UserError, first_line
 from zoo.registry import nearest_names
 from zoo.train.build import build_model, load_weights

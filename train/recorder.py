@@ -19,7 +19,7 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
-from zoo._version import __version__
+from zoo import __version__
 from zoo.errors import UserError
 from zoo.train.config import CheckpointConfig, LoggerConfig
 from zoo.train.loggers import Console, Loggers, write_csv

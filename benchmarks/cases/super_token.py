@@ -10,7 +10,7 @@ from zoo.ops.examples import Example
 
 __all__ = ["FLOORS", "peers"]
 
-FLOORS = {"SViT stage 1, C64": (Floor(57), None)}
+FLOORS = {"STViT stage 1, C64": (Floor(57), None)}
 
 
 def peers(example: Example, tensors: Sequence[Tensor]) -> Peers:

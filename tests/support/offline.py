@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import zoo.ops
-from zoo.ops import _dispatch
+from zoo.ops import _backend
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _OPTIONS = ("num_warps", "num_stages")
@@ -69,7 +69,7 @@ def compile_only(capability: int = 90) -> Iterator[Compiled]:
 
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
-        mock.patch.object(_dispatch, "_INTERPRET", True),  # what lets tensors on a CPU have the kernels
+        mock.patch.object(_backend, "_INTERPRET", True),  # what lets tensors on a CPU have the kernels
     ):
         yield compiled
 

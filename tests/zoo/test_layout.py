@@ -20,34 +20,7 @@ ALLOWED = {
 ON_TOP = {ROOT / "zoo" / "cli.py"}
 THIRD_PARTY_OPS = {"torch", "triton"}
 # Imports of private names that stand until their names are public.
-_PENDING: set[tuple[str, str]] = {
-    ("benchmarks/gpu.py", "zoo.ops._local.tuning.load_table"),
-    ("benchmarks/gpu.py", "zoo.ops._local.tuning.table_path"),
-    ("train/detection/app.py", "zoo.train.app._discard"),
-    ("train/detection/app.py", "zoo.train.app._new_run_folder"),
-    ("train/detection/app.py", "zoo.train.app._parsed"),
-    ("train/detection/app.py", "zoo.train.app._update"),
-    ("train/detection/app.py", "zoo.train.engine._Signals"),
-    ("train/detection/app.py", "zoo.train.engine._determinism"),
-    ("train/detection/checkpoints.py", "zoo.models._builder.read_checkpoint"),
-    ("train/detection/run_hook.py", "zoo._version.__version__"),
-    ("train/detection/run_hook.py", "zoo.train.engine._Signals"),
-    ("train/detection/run_hook.py", "zoo.train.report._git_revision"),
-    ("train/report.py", "zoo._version.__version__"),
-    ("zoo/bench.py", "zoo.ops._local.tuning.Config"),
-    ("zoo/bench.py", "zoo.ops._local.tuning.Key"),
-    ("zoo/bench.py", "zoo.ops._local.tuning.forced"),
-    ("zoo/bench.py", "zoo.ops._local.tuning.observed"),
-    ("zoo/bench.py", "zoo.ops._local.tuning.save_table"),
-    ("zoo/bench.py", "zoo.ops._local.tuning.table_path"),
-    ("zoo/doctor.py", "zoo.ops._dispatch.resolve_backend"),
-    ("zoo/doctor.py", "zoo.ops._dispatch.without_triton"),
-    ("zoo/doctor.py", "zoo.ops._examples.EXAMPLES"),
-    ("zoo/doctor.py", "zoo.ops._examples.Example"),
-    ("zoo/registry.py", "zoo.models._builder.published_figures"),
-    ("zoo/registry.py", "zoo.ops._dispatch.resolve_backend"),
-    ("zoo/registry.py", "zoo.ops._dispatch.without_triton"),
-}
+_PENDING: set[tuple[str, str]] = set()
 
 
 def _imports(path: Path) -> set[str]:
