@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
+from families import FAMILIES as ROWS
+from families import file_of
 from golden import save_checkpoint
 from timm.models import get_arch_pretrained_cfgs
 from timm.models._features import FeatureGetterNet
-from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
@@ -23,25 +24,8 @@ from zoo.registry import model_class, package_models
 NAMES = package_models()
 
 # the model of each file that stands for its family where numbers are computed
-SMALLEST = {
-    "biformer": "biformer_tiny",
-    "davit": "zoo_davit_tiny",
-    "dinat_s": "dinat_s_tiny",
-    "halonet": "zoo_eca_halonext26ts",
-    "litv2": "litv2_s",
-    "maxvit": "zoo_maxvit_pico_rw_256",
-    "nat": "dinat_mini",
-    "nat_isotropic": "dinat_isotropic_small",
-    "stvit": "stvit_small",
-    "van": "van_b0",
-}
-
-
-def _file(name: str) -> str:
-    return _model_entrypoints[name].__module__.rsplit(".", 1)[-1]
-
-
-FAMILIES = sorted({_file(name) for name in NAMES})
+SMALLEST = {row.file: row.smallest for row in ROWS.values() if row.smallest is not None}
+FAMILIES = sorted({file_of(name) for name in NAMES})
 
 
 @functools.cache
@@ -68,7 +52,7 @@ def _image(family: str, batch: int = 2) -> Tensor:
 
 def test_every_file_has_its_model() -> None:
     assert set(FAMILIES) <= set(SMALLEST)
-    assert {_file(SMALLEST[family]) for family in FAMILIES} == set(FAMILIES)
+    assert {file_of(SMALLEST[family]) for family in FAMILIES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,7 +85,7 @@ def test_meta(name: str) -> None:
 def test_parameter_names(name: str) -> None:
     """One scheme for all; HaloNet's are those of timm's ByobNet."""
     model = timm.create_model(name, device="meta")
-    if _file(name) == "halonet":
+    if file_of(name) == "halonet":
         scheme = r"(stem|stages\.\d+\.\d+|final_conv|head\.fc)\."
     else:
         scheme = (
@@ -118,19 +102,7 @@ def test_family_facts() -> None:
         for family, name in SMALLEST.items()
         if (cls := cast(Any, model_class(name))) is type(_shared(family))
     }
-    tables = ("relative_position_bias_table", "rel_pos.mlp")
-    assert facts == {
-        "biformer": ((0, 1, 2, 3), 1e-6, {}, ()),
-        "davit": ((0, 1, 2, 3), 1e-5, {}, ()),
-        "dinat_s": ((0, 1, 2, 3), 1e-5, {}, (".rpb",)),
-        "halonet": ((), 1e-5, {}, ("height_rel", "width_rel")),
-        "litv2": ((1, 2, 3), 1e-5, {"dconv.conv_offset": 0.01}, ()),
-        "maxvit": ((), 1e-5, {}, tables),
-        "nat": ((0, 1, 2, 3), 1e-5, {}, (".rpb",)),
-        "nat_isotropic": ((), 1e-5, {}, (".rpb",)),
-        "stvit": ((), 1e-5, {}, ()),
-        "van": ((), 1e-5, {}, (".ls1.", ".ls2.")),
-    }
+    assert facts == {row.file: tuple(row.facts) for row in ROWS.values() if row.smallest is not None}
     for family, (_, _, slow, exempt) in facts.items():
         names = [n for n, _ in _shared(family).named_parameters()]
         assert all(any(part in n for n in names) for part in slow), family

@@ -5,98 +5,20 @@ of what is compared. How a recording is read stands in `RECORDINGS`: one row for
 """
 
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from families import RECORDINGS
 from golden import GOLDENS, assert_matches, image, npz, published, samples, save_checkpoint
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
 from zoo.models._pyramid import Pyramid
 
-STAGES = {f"stage{i}" for i in range(1, 5)}
-DOWN = {f"down{i}" for i in range(1, 4)}  # outputs of the downsampling between two stages
-PRENORM = {f"stage{i}_prenorm" for i in range(1, 5)}
 SLOW = ("dinat_large_21k.*", "dinat_s_large_384.*", "DaViT_large*", "DaViT_small.192*", "stvit_large.*")
-
-
-@dataclass(frozen=True)
-class Recording:
-    """How to read the recordings whose path matches a pattern."""
-
-    pattern: str
-    parts: set[str]  # what was recorded beside the logits
-    name: Callable[[str], str] = str  # the recorded name to ours
-    weights: Callable[[str], str] = str  # the recorded name to that of the file's keys
-    wrapper: str | None = None  # of the file
-    args: dict[str, Any] = field(default_factory=dict)
-    indices: list[int] | None = None
-    double: bool = False  # compared in float64, to 1e-9 of the standard deviation and not 2e-5
-    loose: dict[str, float] = field(default_factory=dict)  # tolerances of single parts
-    dense: bool = False  # a backbone without classifier
-
-
-def _ours(name: str) -> str:
-    return f"zoo_{name}"
-
-
-_LITV2: dict[str, Any] = {"parts": STAGES | DOWN | {"final_norm"}, "wrapper": "model", "double": True}
-# Recorded float32 outputs of timm lie this far from timm's own float64 ones where attention saturates.
-_SATURATED = {"stage3": 1e-3, "stage4": 1e-3, "logits": 1e-4}
-
-# the first row that matches counts
-RECORDINGS = (
-    Recording("dinat/*isotropic*", STAGES | {"stem"}, indices=[2, 5, 8, 11]),
-    Recording("dinat/vitrpb*", STAGES | {"stem"}, indices=[2, 5, 8, 11]),
-    Recording("nat/*", STAGES | DOWN | {"stem"}),
-    Recording("dinat/*", STAGES | DOWN | {"stem"}),
-    Recording("dinat_s/*", STAGES | DOWN | {"stem"}),
-    Recording("davit/timm_*", STAGES | {"stem"}, lambda n: f"zoo_{n.removeprefix('timm_')}"),
-    Recording("davit/*", STAGES | DOWN | {"stem"}, lambda n: f"zoo_{n.lower()}", wrapper="state_dict"),
-    Recording(
-        "biformer/*_det_nwin16_*",
-        STAGES,
-        lambda n: "biformer_tiny",
-        wrapper="model",
-        args={"n_win": 16, "out_norms": True, "depths": (1, 1, 2, 1)},
-        double=True,
-        dense=True,
-    ),
-    Recording("biformer/*", STAGES | {"final_norm"}, wrapper="model", double=True),
-    Recording("litv2/*_alpha0.*", **_LITV2, name=lambda n: "litv2_s", args={"alpha": 0.0}),
-    Recording("litv2/*_alpha1.*", **_LITV2, name=lambda n: "litv2_s", args={"alpha": 1.0}),
-    Recording(
-        "litv2/*_det_ws2.*",
-        STAGES,
-        lambda n: "litv2_s",
-        args={"dense": True, "local_ws": 2},
-        double=True,
-        dense=True,
-    ),
-    Recording("litv2/*", **_LITV2),
-    Recording("svit/*", STAGES | {"stem", "final_act"}, wrapper="model", double=True),
-    Recording(
-        "van/*_seg_backbone.*",
-        STAGES,
-        lambda n: "van_b0",
-        wrapper="state_dict",
-        args={"norm_eps": 1e-5},
-        double=True,
-        dense=True,
-    ),
-    Recording("van/*", STAGES | PRENORM, wrapper="state_dict", double=True),
-    Recording("halonet/lamhalobotnet50ts*", STAGES | {"stem"}, _ours, loose=_SATURATED),
-    Recording("halonet/*", STAGES | {"stem"}, _ours),
-    Recording(
-        "maxvit/TF_original_*", set(), lambda n: "zoo_maxvit_tiny_tf_224", weights=lambda n: "maxvit_tiny_tf_224"
-    ),
-    Recording("maxvit/*", STAGES | {"stem"}, _ours, wrapper="state_dict"),
-)
 FILES = sorted(p.relative_to(GOLDENS).as_posix() for p in GOLDENS.glob("*/*.npz") if p.parent.name != "ops")
 
 

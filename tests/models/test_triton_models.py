@@ -6,11 +6,12 @@ and those of more than half a minute are slow tests. `test_gradients` keeps ever
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import timm
 import torch
+from families import FAMILIES
 from golden import assert_matches, image, npz, published, samples, save_checkpoint
 from torch import Tensor, nn
 from triton.runtime.interpreter import GridExecutor
@@ -19,55 +20,8 @@ from triton_cases import DEVICE
 
 import zoo  # noqa: F401
 
-
-class Recorded(NamedTuple):
-    file: str
-    name: str
-    wrapper: str | None = None
-    tolerance: float = 2e-5  # of the standard deviation
-
-
-# the cheapest recording of each family
-RECORDED = {
-    "nat": Recorded("nat/nat_mini.192x256", "nat_mini"),
-    "dinat": Recorded("dinat/dinat_mini.192x256", "dinat_mini"),
-    "dinat_s": Recorded("dinat_s/dinat_s_tiny.192x256", "dinat_s_tiny"),
-    "nat_isotropic": Recorded("dinat/nat_isotropic_small.224x224", "nat_isotropic_small"),
-    "maxvit": Recorded("maxvit/maxvit_pico_rw_256.256x256", "zoo_maxvit_pico_rw_256"),
-    "davit": Recorded("davit/DaViT_tiny.192x256", "zoo_davit_tiny", "state_dict"),
-    "halonet": Recorded("halonet/halonet26t.256x256", "zoo_halonet26t"),
-    "biformer": Recorded("biformer/biformer_tiny.224x224", "biformer_tiny", "model"),
-    "van": Recorded("van/van_b0.192x256", "van_b0", "state_dict"),
-    # the original's own float32 outputs lie up to 4.6e-5 from its float64 ones
-    "litv2": Recorded("litv2/litv2_s.224x224", "litv2_s", "model", 5e-5),
-    "stvit": Recorded("svit/stvit_small.192x256", "stvit_small", "model"),
-}
 SCRIPTED = ("davit", "maxvit", "halonet", "van", "biformer")
-SLOW = ("biformer", "dinat_s", "stvit", "van")
-
-NARROW = {"depths": (1, 1, 1, 1), "num_classes": 7}
-HEADS = {"num_heads": (1, 2, 2, 4)}
-SMALL: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
-    "nat": ("nat_mini", (72, 56), {"embed_dim": 16, **HEADS}),
-    "dinat": ("dinat_mini", (72, 56), {"embed_dim": 16, "kernel_size": 3, "dilations": (4, 2, 1, 1), **HEADS}),
-    "dinat_s": ("dinat_s_tiny", (72, 56), {"embed_dim": 16, "kernel_size": 3, "dilations": (4, 2, 1, 1), **HEADS}),
-    "nat_isotropic": ("dinat_isotropic_small", (144, 112), {"depth": 2, "embed_dim": 32, "num_heads": 2}),
-    "maxvit": (
-        "zoo_maxvit_tiny_tf_224",
-        (72, 56),
-        {"embed_dims": (32, 32, 64, 64), "stem_width": 16, "partition_size": 5},
-    ),
-    "davit": ("zoo_davit_tiny", (72, 56), {"embed_dims": (16, 32, 32, 64), **HEADS}),
-    "halonet": ("zoo_halonet26t", (128, 112), {}),
-    "biformer": (
-        "biformer_tiny",
-        (70, 64),
-        {"embed_dims": (16, 16, 32, 32), "head_dim": 8, "n_win": 3, "topks": (1, 2, 4, -2)},
-    ),
-    "van": ("van_b0", (40, 48), {"embed_dims": (8, 16, 24, 32)}),
-    "litv2": ("litv2_s", (72, 56), {"embed_dim": 16, "num_heads": (1, 2, 4, 8)}),
-    "stvit": ("stvit_small", (72, 56), {"embed_dim": (16, 16, 24, 32), "num_heads": (1, 2, 3, 4), "projection": 40}),
-}
+_QUICK_AND_SLOW = [pytest.param(key, marks=pytest.mark.slow if row.slow else ()) for key, row in FAMILIES.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +34,15 @@ def _full_precision() -> Iterator[None]:
 
 
 def small(family: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
-    name, size, args = SMALL[family]
+    name, size, args = FAMILIES[family].shrunk
     torch.manual_seed(0)
-    shrink = {} if family in ("halonet", "nat_isotropic") else NARROW
-    model = timm.create_model(name, drop_path_rate=0.0, **shrink, **args, **kwargs).to(DEVICE).eval()
+    model = timm.create_model(name, drop_path_rate=0.0, **args, **kwargs).to(DEVICE).eval()
     return model, image(*size)[:1].to(DEVICE)
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in RECORDED])
+@pytest.mark.parametrize("family", _QUICK_AND_SLOW)
 def test_recorded(family: str, tmp_path: Path) -> None:
-    case = RECORDED[family]
+    case = FAMILIES[family].recorded
     original, size = case.file.split(".")
     data = {k.replace(".", "_").replace("_val", "_sample"): v for k, v in npz(f"{case.file}.npz").items()}
     gain = float(data["bn_weight_gain"]) if family == "halonet" else 1.0
@@ -114,7 +67,7 @@ def test_recorded(family: str, tmp_path: Path) -> None:
     assert_matches(logits, expected[: len(logits)], expected.std().item(), case.tolerance, "logits")
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients(family: str) -> None:
     """Logits and the gradient of the images and of every parameter, in a shrunken model."""
     found = {}
@@ -135,7 +88,7 @@ def test_gradients(family: str) -> None:
         assert error <= 5e-5 * size, f"{name}: {error:.2e} of {size:.2e}"
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_are_what_runs(family: str) -> None:
     """The kernels refuse float64: a model that did not pass its backend on would return logits."""
     model, images = small(family, attn_backend="triton", dtype=torch.float64)
@@ -143,7 +96,7 @@ def test_the_kernels_are_what_runs(family: str) -> None:
         model(images.double())
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_are_what_a_scripted_model_runs(family: str) -> None:
     """TorchScript passes the backend on: in float64, which the kernels refuse, with the reason."""
     model, images = small(family, attn_backend="triton", dtype=torch.float64)

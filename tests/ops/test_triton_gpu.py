@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, Small
 from torch import Tensor, nn
 from triton_cases import CASES, check, first, with_new_ops
 
@@ -23,18 +24,7 @@ from zoo.ops.examples import Example
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 HALF = [torch.float16, torch.bfloat16]
-TINY: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "nat": ("nat_mini", 64, {}),
-    "dinat": ("dinat_mini", 224, {}),
-    "dinat_s": ("dinat_s_tiny", 64, {}),
-    "maxvit": ("zoo_maxvit_pico_rw_256", 256, {}),
-    "biformer": ("biformer_tiny", 224, {}),
-    "davit": ("zoo_davit_tiny", 64, {}),
-    "halonet": ("zoo_halonet26t", 128, {}),
-    "litv2": ("litv2_s", 64, {}),
-    "stvit": ("stvit_small", 64, {}),
-    "van": ("van_b0", 64, {}),
-}
+TINY = {key: row.on_gpu or Small(row.recorded.name, (64, 64)) for key, row in FAMILIES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +46,7 @@ def build(family: str, backend: str) -> tuple[nn.Module, Tensor]:
     name, size, options = TINY[family]
     torch.manual_seed(0)
     model = timm.create_model(name, attn_backend=backend, drop_path_rate=0.0, **options)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     return model.cuda().eval(), images.cuda()
 
 

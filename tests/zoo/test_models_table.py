@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
 
 from zoo.registry import TABLE_HEADER, models_table, package_models, table_row
 
@@ -19,9 +20,7 @@ def test_names() -> None:
     assert all(line in TABLE.read_text() for line in TABLE_HEADER)
 
 
-@pytest.mark.parametrize(
-    "name", ["nat_mini", "dinat_s_tiny", "vitrpb_small", "biformer_tiny", "van_b0", "litv2_s", "stvit_small"]
-)
+@pytest.mark.parametrize("name", ["vitrpb_small", *sorted({row.recorded.name for row in FAMILIES.values()})])
 def test_rows(name: str) -> None:
     assert _rows()[name] == table_row(name)
 
