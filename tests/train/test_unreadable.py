@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from pictures import FOLDER, class_folders, picture
 from training import assert_same_run, checkpoint, metrics, summary
 
@@ -163,7 +164,7 @@ def test_narrow_pictures_need_no_memory(tmp_path: Path) -> None:
     dataset = data.open_dataset(DataConfig(name="imagefolder", root=str(root)), False)
     shape = {"input_size": (3, 224, 224), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
     shape |= {"crop_pct": 0.9, "crop_mode": "center"}
-    loader = data.EvalLoader(dataset, DataConfig(name="imagefolder"), shape, 8, World(data.torch.device("cpu")))
+    loader = data.EvalLoader(dataset, DataConfig(name="imagefolder"), shape, 8, World(torch.device("cpu")))
     assert sum(len(images) for images, _ in loader) == 30
     assert loader.unreadable == [("val/ant/narrow.png", "1 x 60000 pixels, too long for its width")]
 
