@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md asks of a family, an op, a recipe, a data set or a format is there, or its checklist is printed."""
+"""What CONTRIBUTING.md asks of a family, an op, a recipe, a data set or a format is there; if not, it is printed."""
 
 import json
 import re
