@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, require, resolve_scale, unpack
@@ -70,7 +71,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> None:
     check_agreement(op, {"q": q}, k=k, v=v)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: Number, backend: str) -> tuple[Tensor, Tensor]:
     if runs_triton(_NAME, backend, q):
         from .kernels import channel_forward_triton
 
@@ -79,7 +80,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tup
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Tensor, scale: float, backend: str,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Tensor, scale: Number, backend: str,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     if runs_triton(_NAME, backend, q):

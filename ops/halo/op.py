@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from torch import Tensor
+from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, check_table, compute_dtype, require, resolve_scale
@@ -115,7 +116,7 @@ def _stride(q: Tensor, k: Tensor, block_size: int) -> int:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
-    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, backend: str,
+    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     arguments = (q, k, v, rel_height, rel_width, block_size, halo_size, stride, mask_border, scale)
     if runs_triton(_NAME, backend, q):
@@ -128,7 +129,7 @@ def _forward(
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
     out: Tensor, lse: Tensor,
-    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, backend: str,
+    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = (grad, q, k, v, rel_height, rel_width, out, lse)
     if runs_triton(_NAME, backend, q):

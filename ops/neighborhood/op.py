@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import (
@@ -162,7 +163,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *argum
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: float, backend: str,
+    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = kernel_size, dilation, stride, [bool(c) for c in is_causal]
     if runs_triton(_NAME, backend, q):
@@ -174,7 +175,7 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: float, backend: str,
+    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: Number, backend: str,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor | None:  # fmt: skip
     sizes = kernel_size, dilation, stride, [bool(c) for c in is_causal]

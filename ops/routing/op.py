@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, per_axis, require, resolve_scale
@@ -194,7 +195,7 @@ def _index_flops(q: Any, region_height: int, region_width: int) -> int:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, region_height: int, region_width: int, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, region_height: int, region_width: int, scale: Number, backend: str
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(_NAME, backend, q):
         from .kernels import routing_forward_triton
@@ -205,7 +206,7 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor,
-    region_height: int, region_width: int, scale: float, backend: str,
+    region_height: int, region_width: int, scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = (grad.contiguous(), q, k, v, index, out, lse)
     if runs_triton(_NAME, backend, q):

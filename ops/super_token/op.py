@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, per_axis, require, resolve_scale
@@ -181,7 +182,7 @@ def _check_mapping(op: str, tokens: Tensor, affinity: Tensor, token_height: int,
 
 
 def _sample(
-    x: Tensor, token_height: int, token_width: int, n_iter: int, scale: float, backend: str
+    x: Tensor, token_height: int, token_width: int, n_iter: int, scale: Number, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_triton(_SAMPLING, backend, x):
         from .kernels import sampling_triton

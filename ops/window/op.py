@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import (
@@ -121,7 +122,7 @@ def _check(
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, backend: str,
+    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = (window_h, window_w), (shift_h, shift_w)
     if runs_triton(_NAME, backend, q):
@@ -133,7 +134,7 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, backend: str,
+    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: Number, backend: str,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor | None:  # fmt: skip
     options = (window_h, window_w), (shift_h, shift_w), grid, scale, into

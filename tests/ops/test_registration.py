@@ -1,9 +1,12 @@
 """What every op gets from its registration: torch.vmap, second derivatives or a refusal, dtypes, counts."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from op_cases import FORMS, Form
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from zoo import ops
 
@@ -191,3 +194,152 @@ def test_registered_ops_check_calls_that_leave_the_backend_open() -> None:
     for name in ("auto", "reference"):
         with pytest.raises(ValueError, match="channel_attention: .*backend"):
             zoo.channel_attention(q[0], q[0], q[0], 0.5, name)
+
+
+# dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float64", "mixed", "mixed-with-float64"])
+def test_dtypes_under_autocast(name: str, given: str) -> None:
+    """One rule for every backend: what autocast casts is one dtype, float64 stays, a gradient has its input's dtype."""
+    form = FORMS[name]
+    outcomes = []
+    for backend in (None, "cpu", "reference"):
+        tensors = form.inputs(getattr(torch, given) if hasattr(torch, given) else torch.float32)
+        floats = [n for n in tensors if n not in form.constants]
+        if given.startswith("mixed"):
+            other = torch.float64 if given.endswith("float64") else torch.bfloat16
+            tensors |= {n: tensors[n].to(other) for n in floats[1::2]}
+        leaves = leaves_of(form, tensors)
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = form.run(tensors, backend=backend)
+        except ValueError as error:
+            outcomes.append(str(error))
+            continue
+        grads = torch.autograd.grad(out.float().sum(), leaves)
+        assert [g.dtype for g in grads] == [x.dtype for x in leaves]
+        outcomes.append(out.dtype)
+    assert len(set(outcomes)) == 1
+    if given != "mixed-with-float64":
+        assert outcomes[0] == (torch.float64 if given == "float64" else torch.bfloat16)
+    elif isinstance(outcomes[0], str):
+        assert "has dtype torch.float64" in outcomes[0]
+
+
+def test_dtypes_of_super_token_attention_under_autocast() -> None:
+    x, qkv, proj = torch.randn(1, 6, 6, 4), torch.randn(12, 4), torch.randn(4, 4)
+    for size in (1, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = [
+                ops.super_token_attention(x, qkv, None, proj, None, 2, size, backend=b)
+                for b in (None, "cpu", "reference")
+            ]
+        assert {y.dtype for y in made} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if FORMS[n].op not in ("super_token_sampling",)])
+def test_mixed_dtypes_are_refused_alike_or_taken_alike(name: str) -> None:
+    form = FORMS[name]
+    outcomes = set()
+    for backend in (None, "cpu", "reference"):
+        tensors = form.inputs(torch.float32)
+        last = [n for n in tensors if n not in form.constants][-1]
+        tensors[last] = tensors[last].half()
+        try:
+            outcomes.add(str(form.run(tensors, backend=backend).dtype))
+        except ValueError as error:
+            outcomes.add(str(error))
+    assert len(outcomes) == 1
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+SWEEPS = {
+    "sizes": [(2, 12, 14), (2, 15, 16), (2, 18, 10), (2, 9, 12), (2, 24, 18), (2, 9, 8), (2, 21, 6), (2, 6, 20),
+              (2, 30, 22), (2, 33, 26)],
+    "batches": [(2, 12, 14), (3, 12, 14), (4, 12, 14), (5, 12, 14), (7, 12, 14), (8, 12, 14)],
+    "both": [(2, 12, 14), (3, 15, 16), (4, 18, 10), (5, 9, 12), (2, 24, 18), (6, 9, 8), (7, 21, 6), (3, 6, 20),
+             (2, 30, 22), (8, 33, 26)],
+}  # fmt: skip
+
+
+def resized(form: Form, batch: int, height: int, width: int) -> list[Tensor]:
+    def shape(name: str, given: tuple[int, ...]) -> tuple[int, ...]:
+        if name in form.tables:
+            return given
+        if form.op.startswith("channel"):
+            return (batch, height * width, *given[2:])
+        if form.op.startswith("large"):
+            return (batch, given[1], height, width)
+        if name == "tokens":
+            return (batch, -(-height // 3), -(-width // 2), given[3])
+        return (batch, height, width, *given[3:])
+
+    return [
+        torch.randint(0, 6, (batch, 6, 2)) if n == "index" else torch.randn(shape(n, s), requires_grad=True)
+        for n, s in form.shapes.items()
+    ]
+
+
+def compilations(function: Callable[..., Tensor], inputs: Callable[[int, int, int], list[Tensor]], sweep: str) -> int:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for size in SWEEPS[sweep]:
+        tensors = inputs(*size)
+        out = compiled(*tensors)
+        assert torch.equal(out, function(*tensors))
+        out.sum().backward()
+    return int(counter.frame_count)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("-bias") or n == "window-bias"])
+def test_compiles_at_most_twice(name: str, sweep: str) -> None:
+    """Once for the first size and once for all others."""
+    form = FORMS[name]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return form.run(dict(zip(form.shapes, tensors, strict=True)))
+
+    assert compilations(function, lambda *size: resized(form, *size), sweep) <= 2
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+OTHERS: dict[str, tuple[Callable[..., Tensor], Callable[[int, int, int], list[Tensor]]]] = {
+    "routing-with-index": (
+        lambda q, k, v: ops.routing_attention(q, k, v, (3, 2), 2, padding="zero"),  # type: ignore[dict-item]
+        lambda b, h, w: [randn(b, h, w, 2, 4) for _ in range(3)],
+    ),
+    "routing-of-pooled-keys": (
+        lambda q, k, v, index: ops.routing_attention(q, k, v, (3, 2), 2, index=index),  # type: ignore[dict-item]
+        lambda b, h, w: [randn(b, h, w, 2, 4), *(randn(b, 6, 4, 2, 4) for _ in range(2)), torch.randint(6, (b, 6, 2))],
+    ),
+    "neighborhood-1d": (
+        lambda q, k, v: ops.neighborhood_attention(q, k, v, 3),
+        lambda b, h, w: [randn(b, h * w, 2, 4) for _ in range(3)],
+    ),
+    "halo-strided": (
+        lambda q, k, v: ops.halo_attention(q, k, v, 4, 1, border="mask"),
+        lambda b, h, w: [randn(b, -(-h // 2), -(-w // 2), 2, 4), *(randn(b, h, w, 2, 4) for _ in range(2))],
+    ),
+    "channel-scaled-by-its-size": (
+        lambda q, k, v: ops.channel_attention(q, k, v, scale=q.shape[1] ** -0.5),
+        lambda b, h, w: [randn(b, h * w, 2, 4) for _ in range(3)],
+    ),
+    "super-token-attention": (
+        lambda x, qkv, proj: ops.super_token_attention(x, qkv, None, proj, None, 2, 3),
+        lambda b, h, w: [randn(b, h, w, 4), randn(12, 4), randn(4, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("sweep", ["sizes", "batches"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_calls_compile_at_most_twice(name: str, sweep: str) -> None:
+    assert compilations(*OTHERS[name], sweep) <= 2
