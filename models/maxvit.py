@@ -472,7 +472,7 @@ class MaxViT(Pyramid):
 
         norm = partial(get_norm_layer("layernorm2d"), eps=norm_eps)
         if head_hidden_size:
-            head = {"head": NormMlpClassifierHead, "hidden_size": head_hidden_size, "norm_layer": norm}
+            head: dict[str, Any] = {"head": NormMlpClassifierHead, "hidden_size": head_hidden_size, "norm_layer": norm}
             self.add_head(num_classes, global_pool, drop_rate, **head, **dd)
         else:
             self.norm = norm(in_chs, **dd)

@@ -204,8 +204,8 @@ class ProjectedHead(ClassifierHead):
         proj = nn.Identity() if projection is None else nn.Conv2d(in_features, dim, 1, **dd)
         super().__init__(dim, num_classes, **kwargs, **dd)
         self.proj = proj
-        self.norm = nn.BatchNorm2d(dim, **dd)
-        self.act = nn.SiLU()
+        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
+        self.act: nn.Module = nn.SiLU()
 
     def reset(
         self,
