@@ -7,7 +7,8 @@ Layouts are channels-last with the heads apart, `[B, H, W, heads, dim]`, except 
 if __name__ == "ops":  # from a checkout's root, where every op would be registered a second time
     raise ImportError("`ops` is a folder of the package zoo; import zoo.ops", name=__name__)
 
-from zoo.ops._backend import resolve_backend, without_triton
+from zoo.ops._backend import resolve_backend as resolve_backend
+from zoo.ops._backend import without_triton as without_triton
 from zoo.ops.channel import channel_attention, channel_attention_qkvpacked
 from zoo.ops.halo import halo_attention
 from zoo.ops.large_kernel import large_kernel_attention
@@ -23,7 +24,6 @@ __all__ = [
     "large_kernel_attention",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
-    "resolve_backend",
     "routing_attention",
     "routing_index",
     "super_token_attention",
@@ -31,5 +31,4 @@ __all__ = [
     "super_token_sampling",
     "window_attention",
     "window_attention_qkvpacked",
-    "without_triton",
 ]
