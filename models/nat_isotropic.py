@@ -118,6 +118,7 @@ class NATIsotropic(Pyramid):
     """
 
     channels_last = True
+    out_norm_eps = 1e-5
     no_decay = (".rpb",)
 
     def __init__(

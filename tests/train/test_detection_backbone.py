@@ -26,7 +26,9 @@ from zoo.errors import UserError
 from zoo.models.nat import checkpoint_filter_fn
 from zoo.train.detection import Backbone, read_detector_checkpoint
 from zoo.train.detection.checkpoints import adapt_backbone_keys
+from zoo.train.detection.config import BackboneConfig, DetectConfig
 from zoo.train.detection.digits_coco import CLASSES, DigitsCoco, build_digits_coco
+from zoo.train.detection.mmdet_config import _optimizer
 from zoo.train.runs import save_checkpoint
 
 NAT = {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "embed_dim": 16, "kernel_size": 3, "out_indices": (0, 1, 2)}
@@ -126,6 +128,56 @@ def test_output_norms_follow_the_originals() -> None:
     with torch.no_grad():
         first = backbone.eval()(torch.randn(2, 3, 32, 32))[0]
     torch.testing.assert_close(first.mean(1), torch.zeros_like(first[:, 0]), atol=1e-5, rtol=0)
+
+
+# One of every kind of every family: the levels that get a norm, and its epsilon, as the originals have them.
+NORMS = {
+    "nat_mini": ((0, 1, 2, 3), 1e-5),
+    "dinat_mini": ((0, 1, 2, 3), 1e-5),
+    "dinat_s_tiny": ((0, 1, 2, 3), 1e-5),
+    "nat_isotropic_small": ((), 1e-5),
+    "dinat_isotropic_small": ((), 1e-5),
+    "biformer_tiny": ((0, 1, 2, 3), 1e-6),
+    "biformer_stl": ((0, 1, 2, 3), 1e-6),
+    "zoo_davit_tiny": ((0, 1, 2, 3), 1e-5),
+    "litv2_s": ((1, 2, 3), 1e-5),
+    "van_b0": ((), 1e-6),
+    "stvit_small": ((), 1e-6),
+    "zoo_halonet26t": ((), 1e-6),
+    "zoo_maxvit_tiny_tf_224": ((), 1e-6),
+    "zoo_maxvit_rmlp_pico_rw_256": ((), 1e-6),
+    "davit_tiny": ((), 1e-6),
+    "convnext_atto": ((), 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_and_groups_of_every_family(name: str) -> None:
+    levels, eps = NORMS[name]
+    with torch.device("meta"):
+        backbone = build(name=name)
+        everywhere = build(name=name, out_norms=True)
+    assert [n for n, _ in backbone.named_children() if n.startswith("norm")] == [f"norm{i}" for i in levels]
+    assert {m.eps for n, m in everywhere.named_children() if n.startswith("norm")} == {eps}
+    # which parameters have another rate or decay, by the names that the published recipes know them by
+    published = {k: {"decay_mult": 0.0} for k in ("rpb", "relative_position_bias_table", "pos_embed")}
+    published["dconv.conv_offset"] = {"lr_mult": 0.01}
+    for factor in (1.0, 0.1):
+        cfg = DetectConfig(model=BackboneConfig(name))
+        cfg.schedule.backbone_lr = factor
+        expected = {k: dict(v) for k, v in published.items()}
+        if factor != 1:
+            for value in expected.values():
+                value["lr_mult"] = value.get("lr_mult", 1.0) * factor
+            expected["backbone"] = {"lr_mult": factor}
+        found = _optimizer(cfg)["paramwise_cfg"]["custom_keys"]
+
+        def rule(keys: dict[str, Any], parameter: str) -> dict[str, float]:
+            """mmengine's: the longest key that is a part of the name."""
+            return next((keys[k] for k in sorted(sorted(keys), key=len, reverse=True) if k in parameter), {})
+
+        for parameter, _ in backbone.named_parameters(prefix="backbone"):
+            assert rule(found, parameter) == rule(expected, parameter), parameter
 
 
 @pytest.mark.parametrize("frozen", [-1, 0, 1, 2])

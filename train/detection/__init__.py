@@ -1,7 +1,7 @@
 """Backbones of this package in mmdet. Importing it registers everything, so a stock mmdet config needs two lines:
 
     custom_imports = dict(imports=["zoo.train.mmdet"])
-    model = dict(backbone=dict(_delete_=True, type="zoo.Backbone", name="dinat_tiny", pretrained=PATH), neck=...)
+    model = dict(backbone=dict(_delete_=True, type="zoo.Backbone", name=NAME, pretrained=PATH), neck=...)
 
 It works with mmcv-lite alone: the operators that mmdet needs come from torchvision (see operators.py).
 """

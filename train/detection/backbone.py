@@ -1,6 +1,5 @@
 """`zoo.Backbone`: any model that timm can build, as the backbone of an mmdet detector."""
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,7 @@ from .registry import MODELS
 
 __all__ = ["Backbone", "feature_channels", "feature_levels"]
 
-# Norms that the originals' detection backbones put on outputs: (models, outputs, epsilon). NAT: detection/nat.py,
-# DaViT: mmdet/.../davit.py, BiFormer: models_mm/biformer_mm.py, LITv2: backbones/litv2.py, which spares stage 1.
-_PUBLISHED_OUT_NORMS = (
-    (("nat_*", "dinat_*"), (0, 1, 2, 3), 1e-5),
-    (("zoo_davit_*",), (0, 1, 2, 3), 1e-5),
-    (("biformer_*",), (0, 1, 2, 3), 1e-6),
-    (("litv2_*",), (1, 2, 3), 1e-5),
-)
-_NO_OUT_NORMS = ("*_isotropic_*",)
+_EPS = 1e-6  # of norms on outputs, where the family has no own
 
 
 class _NoIntermediates(Exception):
@@ -113,6 +104,12 @@ def feature_levels(name: str, **model_args: Any) -> list[tuple[int, int]]:
     return [(int(i["num_chs"]), int(i["reduction"])) for i in wrapper.feature_info.info]
 
 
+def _brings_norms(model: nn.Module) -> bool:
+    """Whether a model in its dense form has norms of its own on its stages' outputs."""
+    stages = getattr(model, "stages", ())
+    return any(not isinstance(getattr(stage, "out_norm", None), nn.Identity | None) for stage in stages)
+
+
 @MODELS.register_module()
 class Backbone(BaseModule):
     """Multi-scale features [B, C_i, H / s_i, W / s_i] of a timm model, for any neck of mmdet.
@@ -176,20 +173,18 @@ class Backbone(BaseModule):
             self._taps = None
         if with_cp:
             self.body.set_grad_checkpointing(True)
-        if out_norms == "auto" and model_args.get("dense"):
-            out_norms = False  # LITv2's dense form brings them along
         self._normed = self._add_out_norms(out_norms, out_norm_eps)
         self._frozen = self._freeze()
 
     def _add_out_norms(self, out_norms: str | bool | Sequence[int], eps: float | None) -> tuple[int, ...]:
-        published: tuple[tuple[int, ...], float] = ((), 1e-6)
-        for patterns, levels, epsilon in _PUBLISHED_OUT_NORMS:
-            if any(fnmatch.fnmatch(self.name, p) for p in patterns):
-                published = levels, epsilon
-        if any(fnmatch.fnmatch(self.name, p) for p in _NO_OUT_NORMS):
-            published = (), published[1]
-        if out_norms == "auto":
-            wanted = [i for i in self.out_indices if i in published[0]]
+        family = type(self.body)
+        published: tuple[int, ...] = getattr(family, "out_norms", ())
+        if eps is None:
+            eps = family.out_norm_eps if published or "out_norm_eps" in vars(family) else _EPS
+        if out_norms == "auto" and _brings_norms(self.body):
+            wanted = []
+        elif out_norms == "auto":
+            wanted = [i for i in self.out_indices if i in published]
         elif isinstance(out_norms, str):
             raise ValueError(f"zoo.Backbone: out_norms is {out_norms!r}; it takes 'auto', a bool or a list of levels")
         elif isinstance(out_norms, bool):
@@ -200,7 +195,7 @@ class Backbone(BaseModule):
                 raise ValueError(f"zoo.Backbone: out_norms {wanted} are not all among out_indices {self.out_indices}")
         for level in wanted:
             channels = self.channels[self.out_indices.index(level)]
-            self.add_module(f"norm{level}", LayerNorm2d(channels, eps=published[1] if eps is None else eps))
+            self.add_module(f"norm{level}", LayerNorm2d(channels, eps=eps))
         return tuple(wanted)
 
     def _freeze(self) -> list[nn.Module]:

@@ -12,11 +12,11 @@ import torch
 from mmengine.config import Config
 
 from zoo.errors import UserError, first_line
-from zoo.registry import require_model
+from zoo.registry import model_class, require_model
 
 from .backbone import feature_levels
 from .coco_data import CocoFiles
-from .config import DetectConfig
+from .config import BackboneConfig, DetectConfig
 
 __all__ = ["MASKED", "PlainConfig", "compose_mmdet"]
 
@@ -30,8 +30,8 @@ _FILES = {
 }
 MASKED = ("mask_rcnn", "cascade_mask_rcnn")  # the detectors that predict masks
 _SHORT_SIDES = tuple(range(480, 801, 32))
-# What the published recipes exempt from weight decay: norms, position tables and biases of them.
-_NO_DECAY = ("rpb", "relative_position_bias_table", "pos_embed")
+# What the published recipes exempt from weight decay beside norms: position tables, here by the names that are timm's.
+_POSITIONS = ("relative_position_bias_table", "pos_embed")
 
 
 class PlainConfig(Config):
@@ -300,6 +300,16 @@ def _pipelines(cfg: DetectConfig, masks: bool) -> tuple[list[dict[str, Any]], li
     return [image, load, *steps, pack], [image, resize, load, {**pack, "meta_keys": keys}]
 
 
+def _tables(model: BackboneConfig) -> list[str]:
+    """The names that the family exempts from weight decay, of tables: layers and layer scales keep it here."""
+    parts: tuple[str, ...] = getattr(model_class(model.name), "no_decay", ())
+    if not parts:
+        return []
+    built = timm.create_model(model.name, device="meta", **model.kwargs)
+    tables = [n for n, p in built.named_parameters() if p.ndim > 1 and not n.endswith((".weight", ".bias"))]
+    return [part for part in parts if any(part in name for name in tables)]
+
+
 def _optimizer(cfg: DetectConfig) -> dict[str, Any]:
     schedule = cfg.schedule
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -322,8 +332,9 @@ def _optimizer(cfg: DetectConfig) -> dict[str, Any]:
         wrapper["constructor"] = "zoo.LayerDecayOptimWrapperConstructor"
         wrapper["paramwise_cfg"] = {"layer_decay": schedule.layer_decay}
     else:
-        keys: dict[str, Any] = {key: {"decay_mult": 0.0} for key in _NO_DECAY}
-        keys["dconv.conv_offset"] = {"lr_mult": 0.01}  # LITv2's recipe for the offsets of its token merging
+        keys: dict[str, Any] = {key: {"decay_mult": 0.0} for key in (*_POSITIONS, *_tables(cfg.model))}
+        slow: dict[str, float] = getattr(model_class(cfg.model.name), "slow_parameters", {})
+        keys |= {part: {"lr_mult": factor} for part, factor in slow.items()}
         if schedule.backbone_lr != 1:
             for value in keys.values():
                 value["lr_mult"] = value.get("lr_mult", 1.0) * schedule.backbone_lr
