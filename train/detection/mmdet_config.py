@@ -179,12 +179,15 @@ def _backbone(cfg: DetectConfig) -> tuple[dict[str, Any], list[int], list[int]]:
         chosen = [i for i, (_, stride) in enumerate(levels) if 4 <= stride <= 32]
         if cfg.detector.name == "dino":
             chosen = [i for i in chosen if levels[i][1] >= 8]
-    if not chosen or max(chosen) >= len(levels) or len({levels[i][1] for i in chosen}) < len(chosen):
-        strides = [stride for _, stride in levels]
+    count = len(levels)
+    fits = bool(chosen) and all(-count <= i < count for i in chosen)
+    strides = [levels[i][1] for i in chosen] if fits else []
+    if not fits or sorted(set(strides)) != strides:
         raise UserError(
-            f"model.out_indices={chosen} does not fit {model.name}, whose levels have strides {strides}; "
-            "a detector takes levels of different strides"
+            f"model.out_indices={chosen} does not fit {model.name}, whose levels have strides "
+            f"{[stride for _, stride in levels]}; a detector takes levels of different strides, the finest first"
         )
+    chosen = [i % count for i in chosen]
     backbone: dict[str, Any] = {
         "type": "zoo.Backbone",
         "name": model.name,
@@ -200,7 +203,7 @@ def _backbone(cfg: DetectConfig) -> tuple[dict[str, Any], list[int], list[int]]:
     }
     if model.drop_path_rate is not None:
         backbone["drop_path_rate"] = model.drop_path_rate
-    return backbone, [levels[i][0] for i in chosen], [levels[i][1] for i in chosen]
+    return backbone, [levels[i][0] for i in chosen], strides
 
 
 def _model(cfg: DetectConfig, num_classes: int) -> dict[str, Any]:
