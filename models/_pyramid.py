@@ -22,6 +22,7 @@ __all__ = [
     "PatchEmbed",
     "Pyramid",
     "Stage",
+    "as_asked",
     "as_format",
     "check_output_fmt",
     "init_linear",
@@ -172,7 +173,7 @@ class Pyramid(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps in the order of `feature_info`, after the final features unless `intermediates_only`.
+        """The feature maps in the order of `indices`, after the final features unless `intermediates_only`.
 
         Args:
             x: images, (B, C, H, W).
@@ -205,6 +206,7 @@ class Pyramid(Backbone):
             if index in take:
                 tap = self.norm(y) if norm and index == last else y
                 maps.append(as_format(tap, self.channels_last, output_fmt))
+        maps = as_asked(maps, take)
         if intermediates_only:
             return maps
         if index == last:
@@ -267,6 +269,15 @@ def check_output_fmt(output_fmt: str) -> None:
     """Raise ValueError unless it names a layout that feature maps come in."""
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got '{output_fmt}'")
+
+
+def as_asked(maps: list[Tensor], take: list[int]) -> list[Tensor]:
+    """Maps that were made in rising order of their indices, each once, in the order of `take`."""
+    made: list[int] = []
+    for index in sorted(take):
+        if index not in made:
+            made.append(index)
+    return [maps[made.index(index)] for index in take]
 
 
 def as_format(x: Tensor, channels_last: bool, output_fmt: str) -> Tensor:

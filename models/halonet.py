@@ -13,20 +13,22 @@ The network around the attention is timm's ByobNet, and so are its parameters' n
 - Feature maps come in either layout.
 """
 
+from collections.abc import Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from timm.models._features import FeatureListNet, feature_take_indices
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, interleave_blocks
 from torch import Tensor, nn
 
 from zoo.ops.scriptable import halo_attention
 
 from ._build import build_model, published_cfg
-from ._pyramid import FamilyFacts, as_format, check_output_fmt
+from ._pyramid import FamilyFacts, as_asked, as_format, check_output_fmt
 
 __all__ = ["HaloNet"]
 
@@ -236,6 +238,20 @@ def _renamed(function: Any, name: str) -> Any:
     return copy
 
 
+class ListedFeatures(FeatureListNet):
+    """timm's wrapper for features_only=True, whose maps come in the order of `out_indices`, as feature_info says."""
+
+    def __init__(self, model: nn.Module, out_indices: int | Sequence[int] = (0, 1, 2, 3, 4), **kwargs: Any) -> None:
+        asked = out_indices if isinstance(out_indices, int) else list(out_indices)
+        take, _ = feature_take_indices(len(cast(Any, model).feature_info), asked)
+        super().__init__(model, tuple(sorted(set(take))), **kwargs)
+        self.feature_info = self.feature_info.from_other(tuple(take))
+        self.take: list[int] = take
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return as_asked(list(self._collect(x).values()), self.take)
+
+
 class HaloNet(FamilyFacts, ByobNet):
     """HaloNet.
 
@@ -270,17 +286,18 @@ class HaloNet(FamilyFacts, ByobNet):
         intermediates_only: bool = False,
         exclude_final_conv: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As timm's, with the layouts "NCHW" and "NHWC".
+        """As timm's, with the layouts "NCHW" and "NHWC", and the maps in the order of `indices`.
 
         Raises:
             ValueError: output_fmt is neither.
         """
         check_output_fmt(output_fmt)
         found = self._timm_intermediates(x, indices, norm, stop_early, "NCHW", intermediates_only, exclude_final_conv)
+        take, _ = feature_take_indices(len(self.stage_ends), indices)
         if isinstance(found, list):
-            return [as_format(m, False, output_fmt) for m in found]
+            return [as_format(m, False, output_fmt) for m in as_asked(found, take)]
         final, maps = found
-        return final, [as_format(m, False, output_fmt) for m in maps]
+        return final, [as_format(m, False, output_fmt) for m in as_asked(maps, take)]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -422,7 +439,7 @@ def _create(variant: str, model: str, pretrained: bool, **kwargs: Any) -> HaloNe
         pretrained,
         filter_fn=checkpoint_filter_fn,
         model_cfg=_MODELS[model],
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "list", "flatten_sequential": True},
+        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": ListedFeatures, "flatten_sequential": True},
         **kwargs,
     )
 

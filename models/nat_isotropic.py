@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from . import nat
 from ._build import build_model, published_cfg, rename_keys
-from ._pyramid import NormLayer, PatchEmbed, Pyramid, Stage, as_format, check_output_fmt, init_linear, stage_rates
+from ._pyramid import (
+    NormLayer,
+    PatchEmbed,
+    Pyramid,
+    Stage,
+    as_asked,
+    as_format,
+    check_output_fmt,
+    init_linear,
+    stage_rates,
+)
 from .nat import Block, NeighborhoodAttention, check_image_size, per_block, per_stage, resize_table
 
 __all__ = ["NATIsotropic"]
@@ -219,6 +229,7 @@ class NATIsotropic(Pyramid):
                 x = block(x)
             if i in take:
                 maps.append(as_format(self.norm(x) if norm else x, True, output_fmt))
+        maps = as_asked(maps, take)
         if intermediates_only:
             return maps
         return as_format(self.norm(x), True, "NCHW"), maps

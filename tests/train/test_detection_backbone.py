@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zoo.errors import UserError
 from zoo.models.nat import checkpoint_filter_fn
-from zoo.train.detection import Backbone, read_detector_checkpoint
+from zoo.train.detection import Backbone, feature_channels, read_detector_checkpoint
 from zoo.train.detection.checkpoints import adapt_backbone_keys
 from zoo.train.detection.config import BackboneConfig, DetectConfig
 from zoo.train.detection.digits_coco import CLASSES, DigitsCoco, build_digits_coco
@@ -96,6 +96,59 @@ def test_any_timm_name(name: str, kwargs: dict[str, Any], channels: list[int]) -
         features = backbone(torch.randn(1, 3, 64, 96))
     assert [f.shape[1] for f in features] == backbone.channels == channels
     assert [64 // f.shape[2] for f in features] == backbone.reductions
+
+
+ORDERS: list[Any] = [(2, 0), (-1,), (-1, 0), (1, 1), (0, -1, 1), [-2, -2, 0], 2]
+
+
+@pytest.mark.parametrize("out_indices", ORDERS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("nat_mini", {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "embed_dim": 16, "kernel_size": 3}),
+        ("biformer_tiny", {"depths": (1, 1, 1, 1)}),
+        ("litv2_s", {"depths": (1, 1, 1, 1)}),
+        ("zoo_halonet26t", {}),
+        ("zoo_maxvit_pico_rw_256", {}),
+        ("nat_isotropic_small", {"depth": 3, "embed_dim": 64, "num_heads": 2}),
+        ("resnet18", {}),
+        ("convnext_atto", {}),
+    ],
+)
+def test_maps_come_in_the_order_asked_for(name: str, kwargs: dict[str, Any], out_indices: Any) -> None:
+    torch.manual_seed(0)
+    backbone = build(name=name, out_indices=out_indices, **kwargs).eval()
+    torch.manual_seed(0)
+    every = timm.create_model(name, **kwargs).eval()
+    count = len(every.feature_info)
+    levels = [i % count for i in (range(-out_indices, 0) if isinstance(out_indices, int) else out_indices)]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found, plain = backbone(x), every.forward_intermediates(x, intermediates_only=True)
+    assert backbone.out_indices == tuple(levels)
+    assert [f.shape[1] for f in found] == backbone.channels == [every.feature_info[i]["num_chs"] for i in levels]
+    assert [64 // f.shape[2] for f in found] == backbone.reductions
+    assert feature_channels(name, out_indices, **kwargs) == backbone.channels
+    for level, feature in zip(levels, found, strict=True):
+        norm = getattr(backbone, f"norm{level}", nn.Identity())
+        assert hasattr(backbone, f"norm{level}") == (level in getattr(type(every), "out_norms", ()))
+        expected = norm(plain[level])
+        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
+    if type(every).__module__.startswith("zoo."):  # and through timm alone
+        torch.manual_seed(0)
+        wrapper = timm.create_model(name, features_only=True, out_indices=out_indices, **kwargs).eval()
+        with torch.no_grad():
+            maps = wrapper(x)
+        assert [m.shape[1] for m in maps] == wrapper.feature_info.channels()
+        for level, feature in zip(levels, maps, strict=True):
+            torch.testing.assert_close(feature, plain[level], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("out_indices", [(), (9,), (-9,), (0.5,), "01", (True,), 0, None, ("a",), 99], ids=str)
+def test_levels_that_are_none_are_named(out_indices: Any) -> None:
+    for name in ("nat_mini", "zoo_halonet26t", "resnet18"):
+        with pytest.raises(ValueError, match="out_indices is|has no outputs"), torch.device("meta"):
+            build(name=name, out_indices=out_indices)
 
 
 def test_features_are_those_of_timm() -> None:

@@ -23,6 +23,7 @@ import zoo  # noqa: E402, F401  registers the models with timm
 from .backbone import Backbone, feature_channels  # noqa: E402
 from .checkpoints import read_detector_checkpoint  # noqa: E402
 from .digits_coco import build_digits_coco  # noqa: E402
+from .loading import LoadImage  # noqa: E402
 from .loops import EpochBatchSampler, SeededDataset, TrainLoop  # noqa: E402
 from .metrics import CocoMetric, coco_average_precision  # noqa: E402
 from .optim import LayerDecayOptimWrapperConstructor  # noqa: E402
@@ -35,6 +36,7 @@ __all__ = [
     "CocoMetric",
     "EpochBatchSampler",
     "LayerDecayOptimWrapperConstructor",
+    "LoadImage",
     "SeededDataset",
     "TrainLoop",
     "build_digits_coco",

@@ -23,17 +23,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo.errors import UserError
 from zoo.train.compose import compose_config, from_container, override_value
+from zoo.train.images import PixelRanges
 from zoo.train.resume import Changes, resumed_config
-from zoo.train.runs import Run, claim_folder, load_run, write_atomic, write_config
+from zoo.train.runs import Run, claim_folder, load_run, newest_intact, write_atomic, write_config
 from zoo.train.shell import Arguments, Command, group_choices, run_command
 from zoo.train.state import World, determinism
 from zoo.train.stop import Signals
 
-from .checkpoints import read_detector_checkpoint
-from .coco_data import CocoFiles, open_coco
+from .checkpoints import checkpoint_classes, read_detector_checkpoint
+from .coco_data import CocoFiles, Known, open_coco
 from .config import DETECT, DetectConfig
 from .loops import unreadable_images
-from .mmdet_config import PlainConfig, compose_mmdet
+from .mmdet_config import MASKED, PlainConfig, compose_mmdet
 from .recipes import RECIPES, describe, offered_recipes
 from .run_hook import RunFolderHook, packages, plain_model
 
@@ -56,7 +57,7 @@ _EVALUATED = Changes(
     ("data.",),
     "leave it out",
 )  # fmt: skip
-_LEFTOVERS = ("detector.py", "unreadable_images.jsonl", "mmengine")  # of a start that came to nothing
+_LEFTOVERS = ("detector.py", "unreadable_images.jsonl", "mmengine", "annotations")  # of a start that came to nothing
 _DRY_IMAGES = 4
 _STOCK_HOOKS = ("timer", "logger", "checkpoint")  # for mmdet's own tools; the run folder's hook stands in for them
 _TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
@@ -168,6 +169,8 @@ def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job
         cfg.run_dir = str(folder)
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
+        data = data.written(folder, world.is_primary)
+        world.from_primary(None)  # the others read what the first one has written
         config = compose_mmdet(cfg, data, folder)
         if cfg.dry_run:
             _limit(config)
@@ -178,7 +181,7 @@ def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job
             if cfg.eval:
                 (folder / "unreadable_images.jsonl").unlink(missing_ok=True)
         signals = Signals()
-        hook = RunFolderHook(cfg, folder, world, signals)
+        hook = RunFolderHook(cfg, folder, world, signals, data.ranges)
         # an evaluation has nothing to save, so that a signal ends it at once
         with (
             nullcontext() if cfg.eval else signals.installed(),
@@ -189,6 +192,27 @@ def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job
             if state_dict is not None:
                 _load_strictly(runner, state_dict, str(source))
             yield Job(cfg, run, world, folder, config, runner, hook, source)
+
+
+def _known(cfg: DetectConfig, run: Run | None) -> Known:
+    """What the run or the detector that is taken up was trained on."""
+    if run is None:
+        classes = checkpoint_classes(cfg.weights) if cfg.eval and cfg.weights is not None else None
+        return Known(classes, f"the detector {cfg.weights}")
+    if cfg.eval:
+        state = run.checkpoint(cfg.checkpoint_name)[1]
+    else:
+        found = newest_intact(run.path)
+        if found is None:
+            return Known()
+        state = found[1]
+    classes = ((state.get("meta") or {}).get("dataset_meta") or {}).get("classes")
+    return Known(
+        tuple(classes) if classes else None,
+        f"the run {run.path}",
+        whole=not cfg.eval,
+        ranges=PixelRanges.from_state(state["ranges"]) if state.get("ranges") else None,
+    )
 
 
 def _weights(cfg: DetectConfig, run: Run | None) -> tuple[str | None, dict[str, Any] | None]:
@@ -240,7 +264,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
         "data": job.cfg.data.name,
         "versions": packages(),
     }
-    text = json.dumps(result, indent=2) + "\n"
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     write_atomic(job.folder / "summary.json", text)
     if job.cfg.out is not None:
         write_atomic(job.cfg.out, text)
@@ -267,6 +291,12 @@ def _composed(arguments: Arguments) -> tuple[DictConfig, Run | None]:
         raise UserError(
             "resume and eval=true exclude each other; evaluate a run with `zoo detect eval=true run=FOLDER`"
         )
+    if not evaluating and override_value(overrides, "run") is not None:
+        folder = override_value(overrides, "run")
+        raise UserError(
+            f"run={folder} is read in evaluations alone: `zoo detect eval=true run={folder}` evaluates it, "
+            f"`zoo detect resume={folder}` continues it"
+        )
     if folder is None:
         return detect_config(overrides, search_path), None
     run = load_run(folder)
@@ -287,12 +317,21 @@ def _detect(arguments: Arguments) -> None:
     cfg = from_container(config, DETECT)
     if cfg.eval and run is None and cfg.weights is None:
         raise UserError("eval=true needs run=RUN_FOLDER, or weights=FILE with model, detector and data")
-    data = open_coco(cfg.data, need_train=not cfg.eval, may_lack=cfg.dry_run and not cfg.eval)
+    data = open_coco(
+        cfg.data,
+        need_train=not cfg.eval,
+        may_lack=cfg.dry_run and not cfg.eval,
+        masks=cfg.detector.name in MASKED,
+        known=_known(cfg, run),
+    )
     if not data.present:
         built = build_only(cfg, compose_mmdet(cfg, data, Path(cfg.run_root)))
         print(f"dry run passed: {built}; no step was made, for data.root is not set", flush=True)
         return
     with prepare(cfg, run, data) as job:
+        if job.world.is_primary:
+            for note in data.notes:
+                print(note, flush=True)
         summary = _evaluate(job) if cfg.eval else _train(job)
         if job.world.is_primary:
             print(_last_line(summary, job.folder), flush=True)

@@ -1,6 +1,6 @@
 """`zoo.Backbone`: any model that timm can build, as the backbone of an mmdet detector."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,42 @@ def _weights_source(pretrained: Any, name: str) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
 
 
-def feature_channels(name: str, out_indices: Sequence[int] = (0, 1, 2, 3), **model_args: Any) -> list[int]:
-    """Channels of a backbone's outputs, found without allocating its weights.
+def _levels(name: str, out_indices: int | Sequence[int], **model_args: Any) -> tuple[int, ...]:
+    """The feature levels that `out_indices` means, counted from 0, in their order.
+
+    Raises:
+        UserError: timm knows no such model.
+        ValueError: the model has no such levels, or they are no list of whole numbers.
+    """
+    wrong = ValueError(
+        f"zoo.Backbone: out_indices is {out_indices!r}; it takes the numbers of levels, or how many of the last"
+    )
+    if isinstance(out_indices, int) and not isinstance(out_indices, bool) and out_indices > 0:
+        out_indices = range(-out_indices, 0)
+    if isinstance(out_indices, int | str) or not isinstance(out_indices, Iterable):
+        raise wrong
+    asked = list(out_indices)
+    if not asked or any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
+        raise wrong
+    if min(asked) >= 0:
+        return tuple(asked)
+    with torch.device("meta"):
+        count = len(_create(name, (0,), **model_args).feature_info.info)
+    if min(asked) < -count:
+        raise ValueError(f"zoo.Backbone: {name} has no outputs {tuple(asked)}; it has {count} levels")
+    return tuple(i + count if i < 0 else i for i in asked)
+
+
+def feature_channels(name: str, out_indices: int | Sequence[int] = (0, 1, 2, 3), **model_args: Any) -> list[int]:
+    """Channels of a backbone's outputs, in the order of out_indices, found without allocating its weights.
 
     Raises:
         UserError: timm knows no such model.
         ValueError: the model has no such outputs.
     """
+    levels = _levels(name, out_indices, **model_args)
     with torch.device("meta"):
-        return list(_create(name, out_indices, **model_args).feature_info.channels())
+        return [int(c) for c in _create(name, sorted(set(levels)), **model_args).feature_info.channels(levels)]
 
 
 def feature_levels(name: str, **model_args: Any) -> list[tuple[int, int]]:
@@ -116,8 +143,9 @@ class Backbone(BaseModule):
 
     Args:
         name: any name that `timm.create_model` takes.
-        out_indices: which of the model's feature levels to return (for most of timm's convolutional networks level 0
-            is the stem, and mmdet's usual four levels are 1..4).
+        out_indices: which of the model's feature levels to return, in the order of the outputs; negative ones count
+            from the last, and an int n means the last n (for most of timm's convolutional networks level 0 is the stem,
+            and mmdet's usual four levels are 1..4).
         pretrained: True for the model's published weights, a checkpoint file (the original repository's format is
             understood), an address, or the folder of a `zoo train` run.
         frozen_stages: as in mmdet: -1 trains everything, 0 freezes the stem, k the stem and the first k stages;
@@ -139,7 +167,7 @@ class Backbone(BaseModule):
     def __init__(
         self,
         name: str,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         pretrained: bool | str | Path | None = False,
         frozen_stages: int = -1,
         drop_path_rate: float | None = None,
@@ -158,12 +186,14 @@ class Backbone(BaseModule):
         if drop_path_rate is not None:
             model_args["drop_path_rate"] = drop_path_rate
         self.name = name
-        self.out_indices = tuple(out_indices)
+        self.out_indices = _levels(name, out_indices, **model_args)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        wrapper = _create(name, self.out_indices, pretrained, **model_args)
-        self.channels: list[int] = list(wrapper.feature_info.channels())
-        self.reductions: list[int] = list(wrapper.feature_info.reduction())
+        built = sorted(set(self.out_indices))  # timm gives the maps in the order in which they are made
+        self._order = [built.index(i) for i in self.out_indices]
+        wrapper = _create(name, built, pretrained, **model_args)
+        self.channels: list[int] = list(wrapper.feature_info.channels(self.out_indices))
+        self.reductions: list[int] = list(wrapper.feature_info.reduction(self.out_indices))
         self._levels = [(str(i["module"]), int(i["reduction"])) for i in wrapper.feature_info.info]
         if isinstance(wrapper, FeatureGetterNet):
             self.body: Any = wrapper.model
@@ -184,13 +214,13 @@ class Backbone(BaseModule):
         if out_norms == "auto" and _brings_norms(self.body):
             wanted = []
         elif out_norms == "auto":
-            wanted = [i for i in self.out_indices if i in published]
+            wanted = [i for i in dict.fromkeys(self.out_indices) if i in published]
         elif isinstance(out_norms, str):
             raise ValueError(f"zoo.Backbone: out_norms is {out_norms!r}; it takes 'auto', a bool or a list of levels")
         elif isinstance(out_norms, bool):
-            wanted = list(self.out_indices) if out_norms else []
+            wanted = list(dict.fromkeys(self.out_indices)) if out_norms else []
         else:
-            wanted = list(out_norms)
+            wanted = list(dict.fromkeys(out_norms))
             if not set(wanted) <= set(self.out_indices):
                 raise ValueError(f"zoo.Backbone: out_norms {wanted} are not all among out_indices {self.out_indices}")
         for level in wanted:
@@ -239,7 +269,7 @@ class Backbone(BaseModule):
         self._is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of images [B, 3, H, W], NCHW, from fine to coarse."""
+        """Features of images [B, 3, H, W], NCHW, in the order of out_indices."""
         if self._taps is None:
             features = self.body(x)
         else:
@@ -248,7 +278,7 @@ class Backbone(BaseModule):
             )
         return tuple(
             getattr(self, f"norm{level}")(f) if level in self._normed else f
-            for level, f in zip(self.out_indices, features, strict=True)
+            for level, f in zip(self.out_indices, (features[i] for i in self._order), strict=True)
         )
 
     def train(self, mode: bool = True) -> "Backbone":

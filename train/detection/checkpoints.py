@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.models.checkpoints import read_checkpoint
 
-__all__ = ["adapt_backbone_keys", "read_detector_checkpoint"]
+__all__ = ["adapt_backbone_keys", "checkpoint_classes", "read_detector_checkpoint"]
 
 # BiFormer calls its output norms extra_norms.0 ..., the others norm0 ...
 _OUT_NORM = re.compile(r"^(?:norm|extra_norms\.)(\d)\.(weight|bias)$")
@@ -32,6 +33,18 @@ def read_detector_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not any(k.startswith("backbone.") for k in state_dict):
         raise RuntimeError(f"{path} holds no detector: none of its {len(state_dict)} keys begins with `backbone.`")
     return state_dict
+
+
+def checkpoint_classes(path: str | Path) -> tuple[str, ...] | None:
+    """The class names that a detector checkpoint holds, as mmdet 2.x or 3.x writes them; None where it holds none."""
+    try:
+        meta = torch.load(path, map_location="cpu", weights_only=True).get("meta") or {}
+        found = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
+    except Exception:  # of another program; reading its weights says what is wrong with it
+        return None
+    if isinstance(found, str):
+        found = [found]
+    return tuple(str(name) for name in found) if isinstance(found, list | tuple) and found else None
 
 
 def adapt_backbone_keys(backbone: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

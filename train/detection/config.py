@@ -1,5 +1,6 @@
 """The configuration of `zoo detect`: every key, its type and its default, and what is checked before a start."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -22,6 +23,12 @@ _OWN_MODEL_KEYS = (
     "out_norms",
     "num_classes",
 )
+# Arguments of timm's builder and of mmdet's modules, of which some read files and addresses.
+_CLOSED_MODEL_KEYS = (
+    "type", "name", "with_cp", "init_cfg", "out_norm_eps", "features_only", "feature_cls", "feature_cfg",
+    "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn", "checkpoint_path",
+    "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype",
+)  # fmt: skip
 
 
 @dataclass
@@ -66,6 +73,7 @@ class DetectDataConfig:
     augment: str = "flip"
     pad_divisor: int = 32
     num_workers: int = 2
+    value_range: Optional[list[float]] = None  # [black, white] of images with more than 8 bits a pixel
     canvas: int = 128  # this and the rest: of digits_coco alone
     train_count: int = 600
     val_count: int = 100
@@ -142,6 +150,9 @@ def validate_detect(cfg: DetectConfig) -> None:
     for key in _OWN_MODEL_KEYS:
         if key in cfg.model.kwargs:
             raise UserError(f"model.kwargs.{key} is set by model.{key}; use `model.{key}={cfg.model.kwargs[key]}`")
+    for key in _CLOSED_MODEL_KEYS:
+        if key in cfg.model.kwargs:
+            raise UserError(f"model.kwargs.{key}: no argument of a model's own; remove it (weights: model.pretrained)")
     if not isinstance(cfg.model.pretrained, bool | str):
         raise UserError(
             f"model.pretrained={cfg.model.pretrained!r} is no choice; give true, false, a file or a run folder"
@@ -174,6 +185,10 @@ def validate_detect(cfg: DetectConfig) -> None:
     _require(
         len(data.scale) == 2 and min(data.scale) >= 32, "data.scale", data.scale, "[longest,shortest] of at least 32"
     )
+    if data.value_range is not None:
+        pair = data.value_range
+        ordered = len(pair) == 2 and math.isfinite(pair[0]) and math.isfinite(pair[1]) and pair[0] < pair[1]
+        _require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
     _require(data.num_workers >= 0, "data.num_workers", data.num_workers, "0 or more")
     _require(data.pad_divisor >= 1, "data.pad_divisor", data.pad_divisor, "at least 1")
     for key in ("channels", "fc_channels", "roi_samples"):

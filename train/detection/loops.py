@@ -18,8 +18,10 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import BatchSampler, Sampler
 
 from zoo.errors import UserError
+from zoo.train.images import ImageError, is_machine_trouble
 from zoo.train.state import isolated_rng, restore_rng, rng_state
 
+from .loading import LoadImage, read_bgr
 from .registry import DATA_SAMPLERS, DATASETS, LOOPS
 
 __all__ = ["EpochBatchSampler", "SeededDataset", "TrainLoop", "unreadable_images"]
@@ -59,6 +61,15 @@ class SeededDataset:
         """Annotation of an image."""
         return self.dataset.get_data_info(index)
 
+    def picture(self, path: str) -> np.ndarray:
+        """An image file, [H, W, 3] with blue first, as the pipeline reads it.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        first = self.dataset.pipeline.transforms[0]
+        return first({"img_path": path})["img"] if isinstance(first, LoadImage) else read_bgr(path)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -69,8 +80,8 @@ class SeededDataset:
             for _ in range(_TRIES):
                 try:
                     data = self.dataset.prepare_data(index)
-                except (OSError, AssertionError, cv2.error) as error:
-                    if not self._blame_image(index, error):
+                except (ImageError, OSError, AssertionError, cv2.error) as error:
+                    if is_machine_trouble(error) or not self._blame_image(index, error):
                         raise
                     if self.dataset.test_mode:
                         return self._empty(index)
@@ -85,12 +96,14 @@ class SeededDataset:
     def _blame_image(self, index: int, error: Exception) -> bool:
         """Write an image down if it is the image that failed, and not a transform."""
         path = self.get_data_info(index)["img_path"]
-        try:
-            readable = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), cv2.IMREAD_COLOR) is not None
-        except (OSError, cv2.error):
-            readable = False
+        readable = False
+        if not isinstance(error, ImageError):
+            with contextlib.suppress(ImageError):
+                self.picture(path)
+                readable = True
         if not readable and self.report is not None:
-            line = json.dumps({"image": path, "error": str(error) or type(error).__name__}) + "\n"
+            reason = error.reason if isinstance(error, ImageError) else str(error) or type(error).__name__
+            line = json.dumps({"image": path, "error": reason}) + "\n"
             descriptor = os.open(self.report, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 os.write(descriptor, line.encode())
@@ -170,6 +183,7 @@ class TrainLoop(EpochBasedTrainLoop):
         super().__init__(*args, **kwargs)
         self.last_step = self._max_iters if max_steps is None else min(self._max_iters, max_steps)
         self.interrupted = False
+        self.evaluated_step = 0  # after which the last evaluation was
         self.round_pending: dict[str, Any] | None = None  # the generators' states while an epoch awaits its evaluation
 
     @property
@@ -186,7 +200,7 @@ class TrainLoop(EpochBasedTrainLoop):
     def run(self) -> Any:
         """Train to the end, or until `interrupted` is set."""
         self.runner.call_hook("before_train")
-        while not self.interrupted and (self.round_pending or self._iter < self.last_step):
+        while not self.interrupted and (self.round_pending or self._unfinished()):
             if self.round_pending is None:
                 self.run_epoch()
                 if self.interrupted:
@@ -195,11 +209,16 @@ class TrainLoop(EpochBasedTrainLoop):
             done = self._iter >= self.last_step
             if self.runner.val_loop is not None and (done or self._epoch % self.val_interval == 0):
                 self.runner.val_loop.run()
+                self.evaluated_step = self._iter
             restore_rng(self.round_pending)  # so an evaluation that is done twice leaves no trace
             self.round_pending = None
             self.runner.call_hook("after_round")
         self.runner.call_hook("after_train")
         return self.runner.model
+
+    def _unfinished(self) -> bool:
+        """Whether steps remain, or the last one is made and its evaluation was not: a run may stop between the two."""
+        return self._iter < self.last_step or (self.runner.val_loop is not None and self.evaluated_step < self._iter)
 
     def run_epoch(self) -> None:
         """Train to the end of the epoch under way."""
@@ -212,6 +231,8 @@ class TrainLoop(EpochBasedTrainLoop):
         batches = iter(self.dataloader)
         restore_rng(generators)  # making the iterator drew a seed for the workers, which a resumed run does once more
         for index, batch in enumerate(batches, start=position):
+            if self._iter >= self.last_step:
+                break
             self.run_iter(index, batch)
             self.runner.call_hook("after_step")
             if self.interrupted or self._iter >= self.last_step:

@@ -13,9 +13,11 @@ from mmengine.config import Config
 
 from zoo.errors import UserError, first_line
 from zoo.registry import model_class, require_model
+from zoo.train.images import PixelRanges
 
 from .backbone import feature_levels
-from .coco_data import CocoFiles
+from .closed import check_closed, check_overrides
+from .coco_data import MIN_SIDE, CocoFiles
 from .config import BackboneConfig, DetectConfig
 
 __all__ = ["MASKED", "PlainConfig", "compose_mmdet"]
@@ -52,7 +54,7 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
     """
     model = _model(cfg, len(data.classes))
     masks = cfg.detector.name in MASKED
-    train, test = _pipelines(cfg, masks)
+    train, test = _pipelines(cfg, masks, data.ranges)
     meta = {"classes": data.classes}
     common = {"type": "CocoDataset", "metainfo": meta}
     report = str(run_dir / "unreadable_images.jsonl")
@@ -61,7 +63,7 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
         **common,
         "ann_file": data.train_annotations,
         "data_prefix": {"img": data.train_images},
-        "filter_cfg": {"filter_empty_gt": True, "min_size": 32},
+        "filter_cfg": {"filter_empty_gt": True, "min_size": MIN_SIDE},
         "pipeline": train,
     }
     val_set = {
@@ -84,7 +86,7 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
         "metric": ["bbox", "segm"] if masks else ["bbox"],
         "outfile_prefix": str(run_dir / "predictions"),
     }
-    return PlainConfig(
+    config = PlainConfig(
         {
             "default_scope": "mmdet",
             "custom_imports": {"imports": ["zoo.train.mmdet"], "allow_failed_imports": False},
@@ -136,6 +138,8 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
             "resume": False,
         }
     )
+    check_closed(config.to_dict())
+    return config
 
 
 def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
@@ -175,12 +179,15 @@ def _backbone(cfg: DetectConfig) -> tuple[dict[str, Any], list[int], list[int]]:
         chosen = [i for i, (_, stride) in enumerate(levels) if 4 <= stride <= 32]
         if cfg.detector.name == "dino":
             chosen = [i for i in chosen if levels[i][1] >= 8]
-    if not chosen or max(chosen) >= len(levels) or len({levels[i][1] for i in chosen}) < len(chosen):
-        strides = [stride for _, stride in levels]
+    count = len(levels)
+    fits = bool(chosen) and all(-count <= i < count for i in chosen)
+    strides = [levels[i][1] for i in chosen] if fits else []
+    if not fits or sorted(set(strides)) != strides:
         raise UserError(
-            f"model.out_indices={chosen} does not fit {model.name}, whose levels have strides {strides}; "
-            "a detector takes levels of different strides"
+            f"model.out_indices={chosen} does not fit {model.name}, whose levels have strides "
+            f"{[stride for _, stride in levels]}; a detector takes levels of different strides, the finest first"
         )
+    chosen = [i % count for i in chosen]
     backbone: dict[str, Any] = {
         "type": "zoo.Backbone",
         "name": model.name,
@@ -196,13 +203,14 @@ def _backbone(cfg: DetectConfig) -> tuple[dict[str, Any], list[int], list[int]]:
     }
     if model.drop_path_rate is not None:
         backbone["drop_path_rate"] = model.drop_path_rate
-    return backbone, [levels[i][0] for i in chosen], [levels[i][1] for i in chosen]
+    return backbone, [levels[i][0] for i in chosen], strides
 
 
 def _model(cfg: DetectConfig, num_classes: int) -> dict[str, Any]:
     detector = cfg.detector
     folder = Path(mmdet.__file__).parent / ".mim/configs"
     model: dict[str, Any] = Config.fromfile(folder / _FILES[detector.name]).model.to_dict()
+    check_overrides(detector.overrides)
     _merge(model, detector.overrides)
     model["backbone"], channels, strides = _backbone(cfg)
     neck = model["neck"]
@@ -273,7 +281,9 @@ def _fit_proposals(model: dict[str, Any], cfg: DetectConfig) -> None:
             part["nms_pre"] = part["max_per_img"] = detector.proposals
 
 
-def _pipelines(cfg: DetectConfig, masks: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _pipelines(
+    cfg: DetectConfig, masks: bool, ranges: PixelRanges
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and evaluation transforms."""
     long, short = cfg.data.scale
     keep: dict[str, Any] = {"keep_ratio": True}
@@ -296,7 +306,7 @@ def _pipelines(cfg: DetectConfig, masks: bool) -> tuple[list[dict[str, Any]], li
     steps = policies[cfg.data.augment]
     pack = {"type": "PackDetInputs"}
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-    image = {"type": "LoadImageFromFile"}
+    image = {"type": "zoo.LoadImage", "ranges": ranges.state() if ranges.by_mode else None}
     return [image, load, *steps, pack], [image, resize, load, {**pack, "meta_keys": keys}]
 
 

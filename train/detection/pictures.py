@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
+from zoo.train.images import ImageError
 from zoo.train.plot import new_figure, save_figure
 
 __all__ = ["DPI", "Gallery"]
@@ -61,8 +61,9 @@ class Gallery:
             axes.set_axis_off()
         for number, sample in enumerate(self.samples):
             left, right = grid[number // columns][2 * (number % columns) :][:2]
-            image = cv2.imread(sample["path"])
-            if image is None:
+            try:
+                image = dataset.picture(sample["path"])
+            except ImageError:
                 left.set_title("unreadable image", fontsize=8)
                 continue
             image = image[..., ::-1]

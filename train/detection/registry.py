@@ -3,7 +3,16 @@
 from mmengine import registry as root
 from mmengine.registry import Registry
 
-__all__ = ["MODELS", "OPTIM_WRAPPER_CONSTRUCTORS", "DATASETS", "DATA_SAMPLERS", "HOOKS", "LOOPS", "METRICS"]
+__all__ = [
+    "MODELS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
+    "DATASETS",
+    "DATA_SAMPLERS",
+    "HOOKS",
+    "LOOPS",
+    "METRICS",
+    "TRANSFORMS",
+]
 
 MODELS = Registry("model", parent=root.MODELS, scope="zoo")
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
@@ -14,3 +23,4 @@ DATA_SAMPLERS = Registry("data sampler", parent=root.DATA_SAMPLERS, scope="zoo")
 HOOKS = Registry("hook", parent=root.HOOKS, scope="zoo")
 LOOPS = Registry("loop", parent=root.LOOPS, scope="zoo")
 METRICS = Registry("metric", parent=root.METRICS, scope="zoo")
+TRANSFORMS = Registry("transform", parent=root.TRANSFORMS, scope="zoo")

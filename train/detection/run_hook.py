@@ -1,6 +1,7 @@
 """The run folder of `zoo detect`, as a hook of mmengine's Runner."""
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from zoo.errors import UserError
+from zoo.train.images import PixelRanges
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.state import World, rng_state
@@ -27,6 +29,7 @@ from .pictures import DPI, Gallery
 __all__ = ["RunFolderHook", "packages", "plain_model"]
 
 FORMAT = 1
+_WATCHED = re.compile(r"^(backbone|neck)$|(^|\.)\w*_head(\.\d+)?$")  # the parts of a detector that give maps or scores
 FIGURES = Figures(
     (
         "epoch", "step", "lr", "train_loss", "bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "segm_mAP", "segm_mAP_50",
@@ -52,6 +55,21 @@ def plain_model(runner: Runner) -> torch.nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
+def _refuse_nan(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """A module's hook. A detector leaves out what has no score, so that NaN looks like an image without objects."""
+    pending = [output]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and bool(torch.isnan(value).any()):
+                raise TrainingFailed(
+                    f"the detector's {type(module).__name__} gives values that are no numbers, so that no precision "
+                    "can be measured; train with a lower schedule.lr, schedule.clip_norm, or amp=bf16"
+                )
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
+
+
 class RunFolderHook(Hook):
     """Writes a run folder and resumes from it to the same bits; stops in good order on a signal.
 
@@ -60,11 +78,20 @@ class RunFolderHook(Hook):
         run_dir: the run folder, which exists and holds config.yaml.
         world: the processes of the run.
         signals: what SIGTERM and SIGINT set.
+        ranges: of the images' pixels with more than 8 bits, for the checkpoints.
     """
 
     priority = "VERY_LOW"
 
-    def __init__(self, cfg: DetectConfig, run_dir: Path, world: World, signals: Signals) -> None:
+    def __init__(
+        self,
+        cfg: DetectConfig,
+        run_dir: Path,
+        world: World,
+        signals: Signals,
+        ranges: PixelRanges | None = None,
+    ) -> None:
+        self.ranges = ranges or PixelRanges()
         self.cfg, self.run_dir, self.world, self.signals = cfg, run_dir, world, signals
         self.recorder = Recorder(run_dir, cfg, world, FIGURES)
         self.metrics: dict[str, float] = {}
@@ -73,6 +100,7 @@ class RunFolderHook(Hook):
         self.losses = [0.0, 0]  # sum and count of the epoch under way
         self.images, self.begin = 0, time.monotonic()
         self.gallery = Gallery(cfg.pictures)
+        self.watches: list[Any] = []  # hooks of modules during an evaluation
 
     # -- beginning
 
@@ -97,6 +125,13 @@ class RunFolderHook(Hook):
                 f"the run was made by {len(state['rng'])} processes and this start has {self.world.size}; "
                 f"resume it with torchrun --nproc-per-node={len(state['rng'])}"
             )
+        now = self._sizes(runner)
+        for split, count in (state.get("data_set") or {}).items():
+            if count != now[split]:
+                raise UserError(
+                    f"{path} was made with {count} {split} images and there are {now[split]} now; restore them, or "
+                    "start a new run"
+                )
         try:
             plain_model(runner).load_state_dict(state["state_dict"])
         except RuntimeError as error:
@@ -107,10 +142,34 @@ class RunFolderHook(Hook):
         loop = self._loop(runner)
         own = state["rng"][self.world.rank]
         loop.resume_at(state["meta"]["epoch"], state["meta"]["iter"], own["generators"], state["round_pending"])
+        loop.evaluated_step = max([0, *(row["step"] for row in state["history"] if "bbox_mAP" in row)])
         runner.optim_wrapper.initialize_count_status(runner.model, loop.iter, loop.max_iters)
         self.recorder.restore(state)
         self.seconds, self.losses = state["seconds"], list(own["losses"])
         return f"epoch {loop.epoch + 1}, step {loop.iter}"
+
+    def _sizes(self, runner: Runner) -> dict[str, int]:
+        """The numbers of images that are trained on and held out."""
+        return {
+            "training": len(runner.train_loop.dataloader.dataset),
+            "held-out": len(runner.val_loop.dataloader.dataset),
+        }
+
+    def _check_weights(self, runner: Runner) -> None:
+        """Raise TrainingFailed where an update has left weights that are no numbers."""
+        model = plain_model(runner)
+        parameters = dict(model.named_parameters())
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if name not in parameters and not bool(torch.isnan(tensor).any()):
+                    continue  # a constant of the model, such as a mask
+                remedy = (
+                    "evaluate another checkpoint with checkpoint_name=best or previous"
+                    if self.cfg.eval
+                    else "lower schedule.lr, set schedule.clip_norm, or use amp=bf16; the last good checkpoint is in "
+                    f"{self.recorder.checkpoints}"
+                )
+                raise TrainingFailed(f"the weights hold values that are no numbers (in {name}); {remedy}")
 
     # -- during an epoch
 
@@ -157,8 +216,18 @@ class RunFolderHook(Hook):
     # -- evaluation
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Begin with an empty gallery."""
+        """Begin with an empty gallery.
+
+        Raises:
+            TrainingFailed: the weights are no numbers, so that nothing would be found.
+        """
+        self._check_weights(runner)
         self.gallery.clear()
+        self.watches = [
+            module.register_forward_hook(_refuse_nan)
+            for name, module in plain_model(runner).named_modules()
+            if _WATCHED.search(name)
+        ]
 
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
@@ -178,6 +247,8 @@ class RunFolderHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         """Take in the figures, which mmengine shares with all processes."""
+        while self.watches:
+            self.watches.pop().remove()
         self.metrics = {k.removeprefix("coco/"): float(v) for k, v in (metrics or {}).items()}
 
     after_test_epoch = after_val_epoch
@@ -197,6 +268,9 @@ class RunFolderHook(Hook):
             "seconds": self._seconds(),
             **self._figures(),
         }
+        history = self.recorder.history
+        if history and history[-1]["step"] == loop.iter:  # only its evaluation was still to be made
+            row = {**history.pop(), **self._figures()}
         better = self.recorder.is_best(self.score(), row["epoch"])
         names = ("best", "last") if better else ("last",)
         if partial:  # a resumed run goes on inside the epoch, so its row is not yet part of the state
@@ -267,6 +341,7 @@ class RunFolderHook(Hook):
     def _save(self, runner: Runner, *names: str) -> None:
         """Write the state, in the layout of mmengine's own checkpoints, under names, `last` unless others are given."""
         loop = self._loop(runner)
+        self._check_weights(runner)
         self._seconds()
         pending = loop.round_pending is not None
         generators = loop.round_pending if loop.round_pending is not None else rng_state()
@@ -292,6 +367,8 @@ class RunFolderHook(Hook):
                 "message_hub": {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}},
                 "rng": everyone,
                 "round_pending": pending,
+                "data_set": self._sizes(runner),
+                "ranges": self.ranges.state(),
                 "history": self.recorder.history,
                 "best": self.recorder.best,
                 "best_epoch": self.recorder.best_epoch,
