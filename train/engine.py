@@ -152,7 +152,7 @@ class Trainer:
             "best": self.recorder.best,
             "best_epoch": self.recorder.best_epoch,
             "history": self.recorder.history,
-            "config": OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True),
+            "config": OmegaConf.to_container(OmegaConf.structured(self.cfg)),
             "world_size": self.world.size,
             "rng": generators,
             "optimizer": self.optimizer.state_dict(),
@@ -200,6 +200,13 @@ class Trainer:
         if state["batch"] > self.loader.batches:
             raise UserError(
                 f"{source} is in batch {state['batch']} of an epoch of {self.loader.batches}; the data have changed"
+            )
+        before = state["config"]
+        changed = (before["epochs"], before["max_steps"]) != (self.cfg.epochs, self.cfg.max_steps)
+        if changed and self.total_steps < state["step"] and not self.cfg.dry_run:
+            raise UserError(
+                f"epochs={self.cfg.epochs} and max_steps={self.cfg.max_steps} end the run after {self.total_steps} "
+                f"updates, and {source} has {state['step']}; give more, or leave them out"
             )
         unwrapped = self.task.get_checkpoint_state()["state_dict"]
         if set(unwrapped) != set(state["state_dict"]):
@@ -434,7 +441,8 @@ class Trainer:
             with self.signals.installed(), determinism(self.cfg.deterministic):
                 return self._fit()
         finally:
-            self._list_bad()
+            if self.recorder.begun:
+                self._list_bad()
             self.loader.close()
             self.val_loader.close()
 

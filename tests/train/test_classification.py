@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import RANDOM, assert_same_run, checkpoint, metrics, resume, summary, train
 
 import zoo.train.engine as engine
+from zoo.errors import UserError
 from zoo.train.app import main
 from zoo.train.runs import load_run, newest_intact, select_weights
 from zoo.train.shell import EXIT_FAILED, EXIT_INTERRUPTED
@@ -228,6 +229,52 @@ def test_conflicting_override(whole: Path, capsys: pytest.CaptureFixture[str], o
     error = capsys.readouterr().err
     assert override in error
     assert "conflicts" in error
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("epochs=1",),
+        ("max_steps=3",),
+        ("epochs=0",),
+        ("epochs=5", "optim.lr=1"),
+        ("epochs=5", "device=cuda:99"),
+        ("epochs=5", "device=tpu"),
+        ("epochs=5", "data.num_workers=-1"),
+        ("epochs=5", "checkpoint.every_steps=0"),
+        ("epochs=5", "logger.tensorboard=perhaps"),
+        ("epochs=5", "logger.wandb.mode=perhaps"),
+        ("epochs=5", "made.up=1"),
+    ],
+)
+def test_a_failed_resume_changes_no_byte(whole: Path, capsys: pytest.CaptureFixture[str], overrides: Any) -> None:
+    before = _bytes(whole)
+    capsys.readouterr()
+    resume(whole, *overrides, expect=2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert _bytes(whole) == before
+
+
+def test_a_resume_that_fails_late_changes_no_byte(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data, the checkpoint and the loggers may still refuse."""
+    import zoo.train.recorder as recorder
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise UserError("refused; mend it")
+
+    before = _bytes(whole)
+    for owner, name in ((engine, "check_same_data"), (engine, "open_dataset"), (recorder, "Loggers")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            resume(whole, "epochs=5", "log_every=3", expect=2)
+        assert capsys.readouterr().err == "zoo train: refused; mend it\n"
+        assert _bytes(whole) == before
 
 
 def test_agreeing_override_and_more_epochs(whole: Path, tmp_path: Path) -> None:
