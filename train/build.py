@@ -31,9 +31,14 @@ def _weights_of(name: str, source: str) -> dict[str, Any]:
     if name.split(".")[0] in package_models() or source.endswith((".npz", ".npy")):
         return {"file": source}
     try:
-        return {"state_dict": read_checkpoint(source)}
+        weights = read_checkpoint(source)
     except (RuntimeError, OSError) as error:
         raise UserError(f"model {name}: {source} cannot be loaded: {_one_line(error)}") from error
+    published = timm.models.get_pretrained_cfg(name)
+    head = published.classifier if published is not None else None
+    if isinstance(head, str) and f"{head}.weight" in weights:  # else timm takes it to be of the published size
+        return {"state_dict": weights, "num_classes": len(weights[f"{head}.weight"])}
+    return {"state_dict": weights}
 
 
 def build_model(

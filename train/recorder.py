@@ -4,7 +4,6 @@ Classification and detection record alike. What differs is the state that a chec
 themselves, and the figures that they measure.
 """
 
-import json
 import platform
 import subprocess
 import time
@@ -24,7 +23,7 @@ from zoo.errors import UserError
 from zoo.train.config import CheckpointConfig, LoggerConfig
 from zoo.train.loggers import Console, Loggers, write_csv
 from zoo.train.plot import Panel, plot_curves
-from zoo.train.runs import newest_intact, save_checkpoint, write_atomic, write_config
+from zoo.train.runs import json_text, newest_intact, save_checkpoint, write_atomic, write_config
 from zoo.train.state import World
 
 __all__ = ["Figures", "Recorder", "git_revision", "versions"]
@@ -216,7 +215,7 @@ class Recorder:
             "versions": dict(packages),
         }
         if self.world.is_primary:
-            write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_atomic(self.run_dir / "summary.json", json_text(summary))
         return summary
 
     def plot(self, title: str) -> None:

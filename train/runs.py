@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -40,6 +41,7 @@ __all__ = [
     "Run",
     "changeable",
     "claim_folder",
+    "json_text",
     "load_checkpoint",
     "load_run",
     "lock_run",
@@ -80,6 +82,19 @@ def _replace(temporary: Path, path: Path) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON of every parser's kind: a float that is no number is null."""
+    return json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    return [_without_nan(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
