@@ -40,7 +40,7 @@ def _train_one(config: DictConfig, run: Run | None = None) -> dict[str, Any]:
     from zoo.train.evaluate import unreadable_note
 
     with claim_folder(cfg, run.path if run is not None else None, cfg.device, "train") as (world, folder):
-        if world.is_primary:
+        if world.is_primary and run is None:  # that of a resumed run is written when all checks have passed
             write_config(folder, cfg)
         summary = Trainer(cfg, folder, world).fit()
         if world.is_primary:

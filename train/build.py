@@ -13,7 +13,8 @@ from torch import nn
 
 import zoo  # noqa: F401  registers this package's models with timm
 from zoo.errors import UserError
-from zoo.registry import require_model
+from zoo.models.checkpoints import read_checkpoint
+from zoo.registry import package_models, require_model
 from zoo.train.config import LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 
 __all__ = ["build_model", "build_optimizer", "build_schedule", "build_task", "load_weights"]
@@ -22,6 +23,22 @@ __all__ = ["build_model", "build_optimizer", "build_schedule", "build_task", "lo
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     return " ".join(lines) or type(error).__name__
+
+
+def _weights_of(name: str, source: str) -> dict[str, Any]:
+    """What timm is told of a checkpoint file, which is read without running code."""
+    # this package's models read theirs themselves; timm has readers for models of its own
+    if name.split(".")[0] in package_models() or source.endswith((".npz", ".npy")):
+        return {"file": source}
+    try:
+        weights = read_checkpoint(source)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"model {name}: {source} cannot be loaded: {_one_line(error)}") from error
+    published = timm.models.get_pretrained_cfg(name)
+    head = published.classifier if published is not None else None
+    if isinstance(head, str) and f"{head}.weight" in weights:  # else timm takes it to be of the published size
+        return {"state_dict": weights, "num_classes": len(weights[f"{head}.weight"])}
+    return {"state_dict": weights}
 
 
 def build_model(
@@ -53,7 +70,7 @@ def build_model(
     if isinstance(source, str):
         if not Path(source).is_file():
             raise UserError(f"no checkpoint file at {source}; give the path of a .pth, .pt or .safetensors file")
-        options["pretrained_cfg_overlay"] = {"file": source}
+        options["pretrained_cfg_overlay"] = _weights_of(cfg.name, source)
     try:
         model = timm.create_model(cfg.name, pretrained=bool(source), **options)
     except TypeError as error:
@@ -65,6 +82,9 @@ def build_model(
             ) from error
         origin = source if isinstance(source, str) else "the published weights"
         raise UserError(f"model {cfg.name}: {origin} cannot be loaded: {_one_line(error)}") from error
+    for known in (getattr(model, "pretrained_cfg", None), getattr(model, "default_cfg", None)):
+        if isinstance(known, dict):
+            known.pop("state_dict", None)  # the file's own, which the model has taken
     if cfg.grad_checkpointing:
         enable: Any = getattr(model, "set_grad_checkpointing", None)
         if enable is None:

@@ -151,7 +151,7 @@ class LossConfig:
 class EmaConfig:
     enabled: bool = False
     decay: float = 0.9999
-    warmup: bool = False
+    warmup: bool = True  # the decay grows with the updates, so that short runs do not average their first weights
 
 
 @dataclass

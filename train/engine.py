@@ -30,6 +30,7 @@ from zoo.train.stop import Interrupted, Signals, TrainingFailed
 __all__ = ["Progress", "Trainer"]
 
 FORMAT = 1
+_NEAR_INITIAL = 0.05  # the share of the first weights in the averaged ones from which on the user is warned
 FIGURES = Figures(
     (
         "epoch", "step", "lr", "train_loss", "val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5",
@@ -152,7 +153,7 @@ class Trainer:
             "best": self.recorder.best,
             "best_epoch": self.recorder.best_epoch,
             "history": self.recorder.history,
-            "config": OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True),
+            "config": OmegaConf.to_container(OmegaConf.structured(self.cfg)),
             "world_size": self.world.size,
             "rng": generators,
             "optimizer": self.optimizer.state_dict(),
@@ -164,17 +165,39 @@ class Trainer:
             state |= self.task.get_checkpoint_state(ema=True)
         return state
 
-    def save(self, *names: str) -> None:
+    def save(self, *names: str, state: dict[str, Any] | None = None) -> None:
         """Write the state under names, `last` unless others are given; every process takes part.
+
+        Args:
+            names: of checkpoints.
+            state: of an earlier moment; the present one when None.
 
         Raises:
             UserError: the disk refuses.
+            TrainingFailed: a weight is no number; what was saved before stays.
         """
+        self._check_weights()
         for rows in self.world.gather(self.loader.bad.listed()):
             self.loader.bad.merge(rows)
         self._list_bad()
-        self.recorder.save(self._state(), *(names or ("last",)))
+        self.recorder.save(self._state() if state is None else state, *(names or ("last",)))
         self.loader.check_bad()
+
+    def _check_weights(self) -> None:
+        """Raise TrainingFailed where an update has left a weight that is no number, before it is saved as good."""
+        for ema in (False, True) if self.task.has_ema() else (False,):
+            weights = self.task.get_trainable_module(ema=ema).state_dict()
+            sums = [
+                value.detach().abs().max() for value in weights.values() if value.is_floating_point() and value.numel()
+            ]
+            finite = torch.stack([torch.isfinite(v) for v in sums]).all() if sums else torch.tensor(True)
+            if self.world.any(not finite.item()):
+                self._fail(f"a weight is no number after step {self.progress.step}")
+
+    def _fail(self, what: str) -> NoReturn:
+        saved = (self.recorder.checkpoints / "last.pt").exists()
+        where = f"the last good checkpoint is in {self.recorder.checkpoints}" if saved else "no checkpoint was written"
+        raise TrainingFailed(f"{what}; lower optim.lr or set optim.clip_grad; {where}")
 
     def _list_bad(self) -> None:
         """Write bad_images.csv, if there are any."""
@@ -200,6 +223,13 @@ class Trainer:
         if state["batch"] > self.loader.batches:
             raise UserError(
                 f"{source} is in batch {state['batch']} of an epoch of {self.loader.batches}; the data have changed"
+            )
+        before = state["config"]
+        changed = (before["epochs"], before["max_steps"]) != (self.cfg.epochs, self.cfg.max_steps)
+        if changed and self.total_steps < state["step"] and not self.cfg.dry_run:
+            raise UserError(
+                f"epochs={self.cfg.epochs} and max_steps={self.cfg.max_steps} end the run after {self.total_steps} "
+                f"updates, and {source} has {state['step']}; give more, or leave them out"
             )
         unwrapped = self.task.get_checkpoint_state()["state_dict"]
         if set(unwrapped) != set(state["state_dict"]):
@@ -320,10 +350,7 @@ class Trainer:
         pending.clear()
         for value in values:
             if not math.isfinite(value):
-                raise TrainingFailed(
-                    f"the loss is {value} near step {self.progress.step}; lower optim.lr or set optim.clip_grad; "
-                    f"the last checkpoint is in {self.recorder.checkpoints}"
-                )
+                self._fail(f"the loss is {value} near step {self.progress.step}")
             self.progress.loss_sum += value
         return values[-1]
 
@@ -353,12 +380,19 @@ class Trainer:
         return result
 
     def _figures(self) -> tuple[dict[str, Any], float]:
-        """What the held-out images say, as columns of the history, and the score for the best checkpoint."""
+        """What the held-out images say, as columns of the history, and the score for the best checkpoint.
+
+        Raises:
+            TrainingFailed: their loss is no number, and so the accuracies say nothing.
+        """
         try:
             raw = self._evaluate(ema=False)
             averaged = self._evaluate(ema=True) if self.task.has_ema() else None
         except Interrupted:
             self._stop()
+        for name, found in (("", raw), (" of the averaged weights", averaged)):
+            if found is not None and not math.isfinite(found.loss):
+                self._fail(f"the loss{name} on the held-out images is {found.loss} after step {self.progress.step}")
         row = {"val_loss": raw.loss, "top1": raw.top1, "top5": raw.top5, "held_out": raw.images}
         if raw.unreadable:
             row["unreadable"] = raw.unreadable
@@ -378,11 +412,13 @@ class Trainer:
         )
         row["train_loss"] = float(loss[0] / loss[1])
         partial = progress.batch < self.loader.batches
-        if partial:  # a resumed run goes on inside the epoch, so what follows is no part of its state
-            self.save()
+        # a resumed run goes on inside the epoch, so what follows is no part of its state
+        before = self._state() if partial else None
         better = False
         if final or epoch % self.cfg.eval_every == 0:
             figures, score = self._figures()
+            if partial:
+                self.save(state=before)
             row |= figures
             better = recorder.is_best(score, epoch)
         progress.seconds += time.perf_counter() - clock
@@ -434,15 +470,38 @@ class Trainer:
             with self.signals.installed(), determinism(self.cfg.deterministic):
                 return self._fit()
         finally:
-            self._list_bad()
+            if self.recorder.begun:
+                self._list_bad()
             self.loader.close()
             self.val_loader.close()
+
+    def _ema_note(self) -> str | None:
+        """A line where the run is too short for the decay of its averaged weights; None where it is not."""
+        average = self.task.get_trainable_module(ema=True) if self.task.has_ema() else None
+        if average is None or self.cfg.dry_run:
+            return None
+        decay, steps = self.cfg.ema.decay, self.total_steps
+        reached = average.get_decay(steps)
+        if self.cfg.ema.warmup:
+            if reached >= decay:
+                return None
+            return f"note: ema.decay={decay:g} is not reached in {steps} updates; its warm-up ends at {reached:.4g}"
+        first = decay ** (steps - 1)  # the share of the weights after the first update
+        if first < _NEAR_INITIAL:
+            return None
+        return (
+            f"warning: {steps} updates are few for ema.decay={decay:g} without a warm-up: the averaged weights, which "
+            f"are reported and exported, are {100 * first:.0f} % the first ones; set ema.warmup=true or a lower decay"
+        )
 
     def _fit(self) -> dict[str, Any]:
         recorder = self.recorder
         recorder.resume(self.restore)
         self.rate = 0.0
         recorder.begin(self.total_steps, self.progress.step)
+        note = self._ema_note()
+        if note is not None and self.world.is_primary:
+            print(note, flush=True)
         try:
             if self.world.any(self.signals.received is not None):
                 self._stop()

@@ -1,6 +1,9 @@
 """Accuracy over held-out images, and `zoo eval`."""
 
+import errno
 import json
+import math
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,13 +17,15 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from zoo.errors import UserError
+from zoo.models.checkpoints import read_checkpoint
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.images import PixelRanges
 from zoo.train.labels import data_notes, label_names, match_labels
-from zoo.train.runs import load_run, select_weights, write_atomic
+from zoo.train.runs import json_text, load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
+from zoo.train.stop import TrainingFailed
 
 __all__ = ["Evaluation", "autocast", "check_targets", "evaluate", "evaluate_command", "unreadable_note"]
 
@@ -149,6 +154,37 @@ def _file_labels(path: Path) -> list[str] | None:
     return [str(name) for name in found] if isinstance(found, list | tuple) else None
 
 
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same values, in whatever shape; NaN is NaN."""
+    if a.numel() != b.numel():
+        return False
+    a, b = a.reshape(-1).to(b.dtype), b.reshape(-1)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _check_head(model: Any, source: str | bool) -> None:
+    """Raise UserError where the model's head is a fresh one, because the weights have none or one of another size."""
+    if isinstance(source, str):
+        stored = list(read_checkpoint(source).values()) if not source.endswith((".npz", ".npy")) else None
+        found = "has no head"
+    else:
+        published = timm.models.get_pretrained_cfg(model.pretrained_cfg["architecture"])
+        stored = None
+        if published is not None and published.num_classes != model.num_classes:
+            stored, found = [], f"have a head of {published.num_classes} classes, none"
+    if stored is None:
+        return
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        weight = getattr(head, "weight", None)
+        if weight is not None and not any(_same(value, weight.detach().cpu()) for value in stored):
+            origin = source if isinstance(source, str) else "the published weights"
+            raise UserError(
+                f"{origin} {found} of {model.num_classes} classes, and a fresh one has nothing to evaluate; set "
+                "model.num_classes to the classes that it was trained with, or leave it out"
+            )
+
+
 def _from_model(cfg: EvalConfig) -> _Source:
     source = cfg.model.pretrained if cfg.pretrained is None else cfg.pretrained
     if not isinstance(source, bool | str):
@@ -158,6 +194,7 @@ def _from_model(cfg: EvalConfig) -> _Source:
             f"model {cfg.model.name} has no weights to evaluate; give run=FOLDER, pretrained=true or pretrained=FILE"
         )
     model: Any = build_model(cfg.model, cfg.model.num_classes, cfg.data.img_size, pretrained=source)
+    _check_head(model, source)
     names = _file_labels(Path(source)) if isinstance(source, str) else model.pretrained_cfg.get("label_names")
     if names is not None and len(names) > model.num_classes:
         names = None
@@ -222,12 +259,29 @@ def _open_for(cfg: EvalConfig, source: _Source) -> Any:
     return dataset
 
 
+def _check_writable(out: Path) -> None:
+    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if out.exists() and not out.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
+
+
 def evaluate_command(cfg: EvalConfig) -> Evaluation:
     """Run `zoo eval`: print the result and write it as JSON where `out` says.
 
     Raises:
         UserError: a run, a checkpoint or the data are missing, or the classes do not agree.
+        TrainingFailed: the loss is no number.
     """
+    if cfg.out is not None:
+        _check_writable(Path(cfg.out))
     world = join_world(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -251,6 +305,11 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         loader.close()
     assert result is not None
     unreadable = sorted(entry for entries in world.gather(loader.unreadable) for entry in entries)
+    if not math.isfinite(result.loss):
+        raise TrainingFailed(
+            f"the loss on the held-out images is {result.loss}, and so the accuracies say nothing; the weights are "
+            "of a training that diverged, or amp=fp16 is too narrow for them"
+        )
     if world.is_primary:
         for name, reason in unreadable[:_SHOWN]:
             print(f"unreadable: {name}: {reason}", flush=True)
@@ -272,8 +331,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         }
         if cfg.out is not None:
             target = Path(cfg.out)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(target, json.dumps(record, indent=2) + "\n")
+            write_atomic(target, json_text(record))
         rate = f"{result.images_per_second:.0f} images/s"
         print(
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  {result.images} images"

@@ -87,10 +87,10 @@ class Loggers:
 
     def __init__(self, cfg: LoggerConfig, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
         self.sinks: list[_TensorBoard | _Wandb] = []
+        if cfg.wandb.mode != "disabled":  # first, for it may refuse
+            self.sinks.append(_Wandb(cfg, run_dir, config))
         if cfg.tensorboard:
             self.sinks.append(_TensorBoard(run_dir, step))
-        if cfg.wandb.mode != "disabled":
-            self.sinks.append(_Wandb(cfg, run_dir, config))
 
     def log(self, figures: Mapping[str, float | None], step: int) -> None:
         """Log the figures of a step; None is left out."""

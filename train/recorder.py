@@ -4,7 +4,6 @@ Classification and detection record alike. What differs is the state that a chec
 themselves, and the figures that they measure.
 """
 
-import json
 import platform
 import subprocess
 import time
@@ -24,7 +23,7 @@ from zoo.errors import UserError
 from zoo.train.config import CheckpointConfig, LoggerConfig
 from zoo.train.loggers import Console, Loggers, write_csv
 from zoo.train.plot import Panel, plot_curves
-from zoo.train.runs import newest_intact, save_checkpoint, write_atomic
+from zoo.train.runs import json_text, newest_intact, save_checkpoint, write_atomic, write_config
 from zoo.train.state import World
 
 __all__ = ["Figures", "Recorder", "git_revision", "versions"]
@@ -96,7 +95,9 @@ class Recorder:
         self.best, self.best_epoch = state["best"], state["best_epoch"]
 
     def begin(self, total: int, done: int) -> None:
-        """Open the logs of a run of `total` updates, of which some are done.
+        """Open the logs of a run of `total` updates, of which some are done, and write down its configuration.
+
+        Nothing is written to a resumed run before, so that a start that fails leaves it as it was.
 
         Raises:
             UserError: a logger refuses.
@@ -104,9 +105,10 @@ class Recorder:
         if self.world.is_primary:
             for leftover in self.checkpoints.glob(".*.tmp"):
                 leftover.unlink()
-            self._write_metrics()
-            config: Any = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
+            config: Any = OmegaConf.to_container(OmegaConf.structured(self.cfg))
             self.loggers = Loggers(self.cfg.logger, self.run_dir, config, done)
+            write_config(self.run_dir, self.cfg)
+            self._write_metrics()
         self.console = Console(total, done, self.cfg.log_every, self.world.is_primary)
         self.saved_at = time.monotonic()
 
@@ -149,6 +151,7 @@ class Recorder:
             UserError: the disk refuses.
         """
         if self.world.is_primary:
+            state = {"config": OmegaConf.to_container(OmegaConf.structured(self.cfg)), **state}
             try:
                 for name in names:
                     kept = "previous.pt" if name == "last" else None
@@ -212,7 +215,7 @@ class Recorder:
             "versions": dict(packages),
         }
         if self.world.is_primary:
-            write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_atomic(self.run_dir / "summary.json", json_text(summary))
         return summary
 
     def plot(self, title: str) -> None:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo.errors import UserError
 from zoo.train.compose import compose_config, forbid_targets, normalize, parse_overrides, prepare, typed, updated
 from zoo.train.config import Schema
-from zoo.train.runs import Run
+from zoo.train.runs import Run, newest_intact
 
 __all__ = ["Changes", "resumed_config"]
 
@@ -42,6 +42,11 @@ def resumed_config(
         UserError: an override conflicts with what the run was started with.
     """
     forbid_targets(run.config)
+    if not run.sealed and newest_intact(run.path) is None:
+        raise UserError(
+            f"{run.path}/config.yaml was changed since it was written, and there is no checkpoint to compare it with; "
+            "start a new run"
+        )
     prepare(schema, overrides, search_path)
     config = typed(run.config, schema)
     parsed = [

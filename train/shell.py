@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.errors import UserError, first_line
 from zoo.train.compose import compose_config, prepare
 from zoo.train.config import Schema
-from zoo.train.stop import Interrupted
+from zoo.train.stop import Interrupted, TrainingFailed
 
 __all__ = [
     "EXIT_FAILED",
@@ -199,6 +199,8 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         return report("interrupted before there was anything to save", EXIT_KILLED)
     except BrokenPipeError:
         return 0
+    except TrainingFailed as error:
+        return report(" ".join(str(error).split()), EXIT_FAILED)
     except Exception as error:
         first = " ".join(str(error).split()) or "no message"
         return report(f"{type(error).__name__}: {first[:400]}; debug=true shows where", EXIT_FAILED)

@@ -1,5 +1,6 @@
 """Training and evaluating: every switch trains, what a run leaves behind, and resuming to the same bits."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import RANDOM, assert_same_run, checkpoint, metrics, resume, summary, train
 
 import zoo.train.engine as engine
+from zoo.errors import UserError
 from zoo.train.app import main
 from zoo.train.runs import load_run, newest_intact, select_weights
 from zoo.train.shell import EXIT_FAILED, EXIT_INTERRUPTED
@@ -184,6 +186,138 @@ def test_loss_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(error.splitlines()) == 1
 
 
+def _strict(path: Path) -> Any:
+    """JSON without Python's own NaN and Infinity."""
+    return json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("ends", [("epochs=1",), ("epochs=2", "max_steps=11"), ("epochs=3", "max_steps=15")])
+def test_divergence_in_the_last_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float, ends: Any
+) -> None:
+    """The loss of the last update is a number and the weights after it are none, or lead to none."""
+    real = engine.Trainer._backward
+
+    def diverge(self: Any, loss: torch.Tensor, update: bool) -> None:
+        real(self, loss, update)
+        if self.progress.step == self.total_steps - 1:
+            with torch.no_grad():
+                for parameter in self.task.parameters():
+                    parameter.fill_(value)
+
+    monkeypatch.setattr(engine.Trainer, "_backward", diverge)
+    run = train(tmp_path / "run", *ends, "checkpoint.every_steps=5", expect=EXIT_FAILED)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("zoo train: ")
+    assert "lower optim.lr" in error
+    state = checkpoint(run)
+    assert state["step"] in (10, 11)
+    assert all(torch.isfinite(v).all() for v in state["state_dict"].values() if v.is_floating_point())
+    assert not (run / "summary.json").exists()
+    assert "nan" not in (run / "metrics.csv").read_text()
+    monkeypatch.setattr(engine.Trainer, "_backward", real)
+    resume(run)
+    assert _strict(run / "summary.json")["top1"] > 0
+    assert_same_run(train(tmp_path / "never", *ends, "checkpoint.every_steps=5"), run)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_held_out_images_that_give_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ema: bool
+) -> None:
+    run = train(tmp_path / "run", "epochs=1", "ema.enabled=true")
+    before = (run / "summary.json").read_bytes(), (run / "metrics.csv").read_bytes(), checkpoint(run)
+    real = engine.Trainer._evaluate
+
+    def evaluate(self: Any, ema: bool) -> Any:
+        return dataclasses.replace(real(self, ema), loss=float("nan")) if ema == wanted else real(self, ema)
+
+    wanted = ema
+    monkeypatch.setattr(engine.Trainer, "_evaluate", evaluate)
+    capsys.readouterr()
+    resume(run, "epochs=2", expect=EXIT_FAILED)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"the loss{' of the averaged weights' if ema else ''} on the held-out images is nan after step 22" in error
+    assert not list(training.differences(before[2], checkpoint(run)))
+    assert ((run / "summary.json").read_bytes(), (run / "metrics.csv").read_bytes()) == before[:2]
+
+
+def test_weights_that_are_no_numbers_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("test_resnet", num_classes=10)
+    torch.nn.init.constant_(model.fc.weight, float("nan"))
+    file, out = tmp_path / "nan.pth", tmp_path / "out.json"
+    torch.save(model.state_dict(), file)
+    argv = ["model=test_resnet", "model.num_classes=10", "data=digits", f"pretrained={file}", f"out={out}"]
+    assert main("eval", argv) == EXIT_FAILED
+    assert "the accuracies say nothing" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "nat_mini"])
+def test_a_fresh_head_is_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    """A file's head is taken where it fits; weights without one of the size asked for have nothing to evaluate."""
+    kwargs = {} if model == "test_resnet" else {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16}
+    more = [f"model.kwargs={{{','.join(f'{k}:{v}' for k, v in kwargs.items())}}}"] if kwargs else []
+    source = timm.create_model(model, num_classes=10, **kwargs)
+    file, out = tmp_path / "ten.pth", tmp_path / "out.json"
+    torch.save(source.state_dict(), file)
+    argv = [f"model={model}", *more, "data=digits", f"out={out}", f"pretrained={file}"]
+    assert main("eval", [*argv, "model.num_classes=10"]) == 0
+    first = _strict(out)
+    if model == "test_resnet":
+        assert main("eval", argv) == 0
+        assert _strict(out)["loss"] == first["loss"]
+    else:
+        assert main("eval", argv) == 2
+        assert "num_classes=10" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main("eval", [*argv, "model.num_classes=11"]) == 2
+    assert "11 classes" in capsys.readouterr().err
+    torch.save({k: v for k, v in source.state_dict().items() if "fc" not in k}, file)
+    assert main("eval", [*argv, "model.num_classes=10"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_short_runs_average_what_they_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the default decay of 0.9999 the averaged weights of 44 updates are near the last ones, not the first."""
+    run = train(tmp_path / "run", "epochs=4", "ema.enabled=true", "optim.lr=0.005")
+    first = train(tmp_path / "first", "epochs=4", "max_steps=1", "optim.lr=0.005")
+    lines = capsys.readouterr().out.splitlines()
+    note = "note: ema.decay=0.9999 is not reached in 44 updates; its warm-up ends at "
+    assert [line for line in lines if line.startswith(note)] == [f"{note}{1 - 44 ** (-2 / 3):.4g}"]
+    state, begin = checkpoint(run), checkpoint(first)["state_dict"]
+    assert (state["config"]["ema"]["decay"], state["config"]["ema"]["warmup"]) == (0.9999, True)
+    name = "head.fc.weight"
+    to_last = (state["state_dict_ema"][name] - state["state_dict"][name]).norm()
+    to_first = (state["state_dict_ema"][name] - begin[name]).norm()
+    assert to_last < 0.5 * to_first
+    assert summary(run)["top1"] > 25
+
+
+def test_an_average_without_warm_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "epochs=1", "ema.enabled=true", "ema.warmup=false")
+    assert "11 updates are few for ema.decay=0.9999" in capsys.readouterr().out
+    train(tmp_path / "low", "epochs=1", "ema.enabled=true", "ema.warmup=false", "ema.decay=0.5")
+    train(tmp_path / "none", "epochs=1")
+    assert "ema.decay" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["folder", "file/out.json", "pipe", "/proc/nowhere/out.json"])
+def test_a_result_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """It is found before the evaluation, not after."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("zoo.train.evaluate.build_model", pytest.fail)
+    out = tmp_path / name
+    assert main("eval", ["model=nat_tiny", "pretrained=true", "data=digits", f"out={out}"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"out={out} cannot be written" in error
+
+
 def test_damaged_checkpoint_falls_back_and_says_so(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +362,52 @@ def test_conflicting_override(whole: Path, capsys: pytest.CaptureFixture[str], o
     error = capsys.readouterr().err
     assert override in error
     assert "conflicts" in error
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("epochs=1",),
+        ("max_steps=3",),
+        ("epochs=0",),
+        ("epochs=5", "optim.lr=1"),
+        ("epochs=5", "device=cuda:99"),
+        ("epochs=5", "device=tpu"),
+        ("epochs=5", "data.num_workers=-1"),
+        ("epochs=5", "checkpoint.every_steps=0"),
+        ("epochs=5", "logger.tensorboard=perhaps"),
+        ("epochs=5", "logger.wandb.mode=perhaps"),
+        ("epochs=5", "made.up=1"),
+    ],
+)
+def test_a_failed_resume_changes_no_byte(whole: Path, capsys: pytest.CaptureFixture[str], overrides: Any) -> None:
+    before = _bytes(whole)
+    capsys.readouterr()
+    resume(whole, *overrides, expect=2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert _bytes(whole) == before
+
+
+def test_a_resume_that_fails_late_changes_no_byte(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data, the checkpoint and the loggers may still refuse."""
+    import zoo.train.recorder as recorder
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise UserError("refused; mend it")
+
+    before = _bytes(whole)
+    for owner, name in ((engine, "check_same_data"), (engine, "open_dataset"), (recorder, "Loggers")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            resume(whole, "epochs=5", "log_every=3", expect=2)
+        assert capsys.readouterr().err == "zoo train: refused; mend it\n"
+        assert _bytes(whole) == before
 
 
 def test_agreeing_override_and_more_epochs(whole: Path, tmp_path: Path) -> None:
