@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FAMILIES
 
 pytest.importorskip("mmdet")
 
@@ -304,20 +305,11 @@ def test_conflicting_resume_is_refused(whole: Path, capsys: pytest.CaptureFixtur
     assert "schedule.lr=5 conflicts with the run's schedule.lr=0.001" in capsys.readouterr().err
 
 
-FAMILIES = [
-    "nat_mini model.kwargs={depths:[1,1,1,1]}",
-    "zoo_maxvit_pico_rw_256",
-    "zoo_davit_tiny model.kwargs={depths:[1,1,1,1]}",
-    "zoo_halonet26t",
-    "biformer_tiny model.kwargs={depths:[1,1,1,1],n_win:16}",
-    "van_b0",
-    "litv2_s model.kwargs={depths:[1,1,1,1]}",
-    "stvit_small model.kwargs={depths:[1,1,1,1]}",
-]
+FAMILY_ARGUMENTS = [row.detection for row in FAMILIES.values() if row.detection is not None]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: m.split()[0])
+@pytest.mark.parametrize("model", FAMILY_ARGUMENTS, ids=lambda m: m.split()[0])
 def test_every_family_trains_two_steps(model: str, cache: Path, tmp_path: Path) -> None:
     arguments = [*SMALL, f"data.root={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=2", *f"model={model}".split()]
     assert main(arguments) == 0
