@@ -11,7 +11,6 @@ Any input size is accepted. As in the original, a map that is no multiple of the
 norm: the padding's keys and values are the bias of qkv, and tokens attend to them.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -249,11 +248,8 @@ class DaViT(Pyramid):
             for rate in rates:
                 spatial = WindowAttention(dim, heads, window_size=window_size, **shared)
                 channel = ChannelAttention(dim, heads, v2=channel_attn_v2, **shared)
-                pair = {
-                    "spatial_block": DualBlock(dim, spatial, mlp_ratio, rate, norm_eps, **dd),
-                    "channel_block": DualBlock(dim, channel, mlp_ratio, rate, norm_eps, **dd),
-                }
-                pairs.append(nn.Sequential(OrderedDict(pair)))
+                blocks = (DualBlock(dim, attn, mlp_ratio, rate, norm_eps, **dd) for attn in (spatial, channel))
+                pairs.append(nn.Sequential(*blocks))
             stages.append(Stage(pairs, downsample))
         self.add_stages(stages, embed_dims)
         norm = partial(LayerNorm2d, eps=norm_eps)
@@ -261,15 +257,15 @@ class DaViT(Pyramid):
         self.apply(init_linear)
 
 
-# the original's names, Florence-2's, and timm's two blocks of a pair
+# the original's names and Florence-2's; timm's are ours, but for the names of a pair's blocks in its Florence-2
 _RENAMED = (
     (r"^(?:patch_embeds|convs)\.0\.proj\.", "stem.conv."),
     (r"^(?:patch_embeds|convs)\.0\.", "stem."),
     (r"^(?:patch_embeds|convs)\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
     (r"^(?:patch_embeds|convs)\.(\d+)\.", r"stages.\1.downsample."),
     (r"^(?:main_blocks|blocks)\.(\d+)\.", r"stages.\1.blocks."),
-    (r"(\.blocks\.\d+)\.0\.", r"\1.spatial_block."),
-    (r"(\.blocks\.\d+)\.1\.", r"\1.channel_block."),
+    (r"\.spatial_block\.", ".0."),
+    (r"\.channel_block\.", ".1."),
     (r"\.cpe\.([01])\.", moved_by(1, ".cpe{}.")),
     (r"\.(?:window|channel)_attn\.norm\.", ".norm1."),
     (r"\.(?:window|channel)_attn\.fn\.", ".attn."),

@@ -114,6 +114,8 @@ def test_florence_file(tmp_path: Path) -> None:
             (r"^stages\.(\d+)\.downsample\.conv", r"convs.\1.proj"),
             (r"^stages\.(\d+)\.downsample", r"convs.\1"),
             (r"^stages\.(\d+)\.blocks", r"blocks.\1"),
+            (r"(blocks\.\d+\.\d+)\.0\.", r"\1.spatial_block."),
+            (r"(blocks\.\d+\.\d+)\.1\.", r"\1.channel_block."),
             (r"(spatial)_block\.norm1", r"\1_block.window_attn.norm"),
             (r"(channel)_block\.norm1", r"\1_block.channel_attn.norm"),
             (r"spatial_block\.attn", "spatial_block.window_attn.fn"),
