@@ -248,7 +248,7 @@ class ListedFeatures(FeatureListNet):
         self.feature_info = self.feature_info.from_other(tuple(take))
         self.take: list[int] = take
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]  # as timm's own
         return as_asked(list(self._collect(x).values()), self.take)
 
 

@@ -17,6 +17,7 @@ from families import FAMILIES
 pytest.importorskip("mmdet")
 
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -24,7 +25,7 @@ from zoo.train.detection import coco_average_precision
 from zoo.train.detection.app import main
 from zoo.train.detection.digits_coco import DigitsCoco, build_digits_coco
 from zoo.train.detection.loops import TrainLoop
-from zoo.train.runs import load_checkpoint
+from zoo.train.runs import load_checkpoint, save_checkpoint
 
 SMALL = [
     "detector.channels=16",
@@ -173,6 +174,219 @@ def test_signal_saves_and_resumes_exactly(
     monkeypatch.setattr(owner, "run_iter", original)
     assert main([f"resume={folder}"]) == 0
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("moment", ["last step", "last step saved", "evaluation", "end of evaluation"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_stopped_at_its_end_is_evaluated(
+    moment: str, epochs: int, whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of the final weights, wherever the run was stopped after its last step."""
+    reference, folder = tmp_path / "reference", tmp_path / "run"
+    arguments = [*SMALL, f"schedule.epochs={epochs}", f"data.root={cache}"]
+    if epochs == 1:
+        assert main([*arguments, f"run_dir={reference}"]) == 0
+    else:
+        reference = whole
+    if moment.startswith("last step"):
+        owner: Any = TrainLoop
+        count = 4 * epochs
+    else:
+        from mmengine.runner import ValLoop as owner
+
+        count = 2 * epochs - (moment == "evaluation")
+    original, calls = owner.run_iter, 0
+
+    class Killed(BaseException):
+        pass
+
+    def stopped(self: Any, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        original(self, *args)
+        if calls == count and moment != "last step saved":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(owner, "run_iter", stopped)
+    if moment == "last step saved":  # killed after the step's checkpoint, before the evaluation
+        from mmengine.runner import ValLoop
+
+        run, evaluations = ValLoop.run, 0
+
+        def killed(self: Any) -> Any:
+            nonlocal evaluations
+            evaluations += 1
+            if evaluations == epochs:
+                raise Killed
+            return run(self)
+
+        monkeypatch.setattr(ValLoop, "run", killed)
+        with pytest.raises(Killed):
+            main([*arguments, f"run_dir={folder}", "checkpoint.every_steps=1"])
+        monkeypatch.setattr(ValLoop, "run", run)
+    else:
+        complete = moment == "end of evaluation"  # nothing was left to be done
+        assert main([*arguments, f"run_dir={folder}"]) == (0 if complete else 75)
+    monkeypatch.setattr(owner, "run_iter", original)
+    assert main([f"resume={folder}"]) == 0
+    assert_same_run(folder, reference)
+    found, expected = (json.loads((f / "summary.json").read_text()) for f in (folder, reference))
+    for key in ("bbox_mAP", "segm_mAP", "bbox_mAP_50", "steps", "epochs", "best", "best_epoch"):
+        assert found[key] == expected[key]
+    assert float(rows(folder)[-1]["bbox_mAP"]) == found["bbox_mAP"]
+
+
+def test_a_run_ended_inside_an_epoch_keeps_its_figures(cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}", "max_steps=3"]) == 0
+    before, table = json.loads((folder / "summary.json").read_text()), rows(folder)
+    assert main([f"resume={folder}"]) == 0
+    after = json.loads((folder / "summary.json").read_text())
+    assert {k: v for k, v in after.items() if k not in TIMES} == {k: v for k, v in before.items() if k not in TIMES}
+    assert rows(folder) == table
+    assert main([f"resume={folder}", "max_steps=2"]) == 0  # nothing to do, and nothing lost
+    assert rows(folder) == table
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_divergence_in_the_last_update_fails(
+    value: float,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = TrainLoop.run_iter
+
+    def diverged(self: Any, *args: Any) -> None:
+        original(self, *args)
+        if self._iter == 4:
+            next(self.runner.model.parameters()).data.flatten()[0] = value
+
+    monkeypatch.setattr(TrainLoop, "run_iter", diverged)
+    folder = tmp_path / "run"
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}", "schedule.epochs=1"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "the weights hold values that are no numbers (in backbone." in error[0]
+    assert not (folder / "summary.json").exists()
+    assert not (folder / "checkpoints/last.pt").exists()
+
+
+@pytest.mark.parametrize("part", ["backbone.body.stages.1.", "roi_head.bbox_head.fc_cls.weight"])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_an_evaluation_without_numbers_fails(
+    part: str, value: float, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that are no numbers, or from which none follow, would look like images without objects."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "evaluation-last").mkdir(exist_ok=True)
+    state = load_checkpoint(folder / "checkpoints/last.pt")
+    key = next(k for k in state["state_dict"] if k.startswith(part) and k.endswith("weight"))
+    state["state_dict"][key] = torch.full_like(state["state_dict"][key], value)
+    if value == value:
+        state["state_dict"][key].flatten()[::2] *= -1
+    save_checkpoint(folder / "checkpoints/last.pt", state)
+    assert main(["eval=true", f"run={folder}"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "are no numbers" in error[0]
+
+
+def test_summaries_are_strict_json(whole: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    json.loads((whole / "summary.json").read_text(), parse_constant=refuse)
+
+
+HOSTILE = [
+    "detector.overrides.roi_head.bbox_head.type=os.system",
+    "detector.overrides.type=os.system",
+    "detector.overrides.backbone.type=os.system",
+    "detector.overrides.neck={type: os.system, command: ls}",
+    "detector.overrides.neck.type=mmengine.registry.Registry",
+    "detector.overrides.neck.type=[os.system]",
+    "detector.overrides.neck.type=zoo.Backbone",
+    "detector.overrides.rpn_head.loss_cls.type=subprocess.run",
+    "detector.overrides.train_cfg.rcnn.assigner.iou_calculator.type=builtins.exec",
+    "detector.overrides.data_preprocessor.batch_augments=[{type: os.system, command: ls}]",
+    "detector.overrides.data_preprocessor.batch_augments=[[{inner: {type: os.system}}]]",
+    "detector.overrides.hooks=[{type: os.system}]",
+    "detector.overrides.env_cfg.mp_cfg.type=os.system",
+    "detector.overrides.test_cfg.rcnn.nms.type=\"__import__('os').getpid()\"",
+    "detector.overrides.roi_head.bbox_roi_extractor.roi_layer.type=os.system",
+    "detector.overrides.init_cfg={type: Pretrained, checkpoint: weights.pth}",
+    "detector.overrides.init_cfg={type: Normal, layer: 'http://x.y'}",
+    "detector.overrides.type=KnowledgeDistillationSingleStageDetector",
+    "detector.overrides.teacher_config=teacher.py",
+    "detector.overrides.type=LAD",
+    "detector.overrides.language_model={type: BertModel, name: x}",
+    "detector.overrides.backend_args.backend=petrel",
+    "detector.overrides.neck.file_client_args={backend: disk}",
+    "detector.overrides._base_=x.py",
+    "detector.overrides.neck._delete_=true",
+    "detector.overrides.neck._scope_=os",
+    "detector.overrides.custom_imports.imports=[os]",
+    "detector.overrides.neck.text={{$HOME}}",
+    "model.kwargs.type=os.system",
+    "model.kwargs._scope_=os",
+    "model.kwargs.pretrained_cfg_overlay={file: x.pth}",
+    "model.kwargs.checkpoint_path=x.pth",
+]
+
+
+@pytest.mark.parametrize("override", HOSTILE)
+def test_a_configuration_names_no_code(
+    override: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "system", lambda *args: pytest.fail("code was run"))
+    folder = tmp_path / "run"
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}", override]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert override.split(".")[0] + "." + override.split(".")[1].split("=")[0] in error[0]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("command", ["resume={}", "eval=true run={}"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"roi_head": {"bbox_head": {"type": "os.system"}}},
+        {"test_cfg": {"rcnn": {"nms": {"type": "exec('1')"}}}},
+        {"data_preprocessor": {"batch_augments": [{"type": "os.system", "command": "ls"}]}},
+        {"neck": {"_scope_": "os"}},
+    ],
+)
+def test_a_run_folder_from_elsewhere_names_no_code(
+    command: str, overrides: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["detector"]["overrides"] = overrides
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(command.format(folder).split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "detector.overrides." in error[0]
+
+
+def test_another_part_of_mmdet_s_is_welcome(cache: Path, tmp_path: Path) -> None:
+    overrides = [
+        "detector=retinanet",
+        "detector.overrides.neck.type=PAFPN",
+        "detector.overrides.bbox_head.loss_bbox={type: mmdet.SmoothL1Loss, beta: 0.11, loss_weight: 1.0}",
+        "detector.overrides.bbox_head.init_cfg={type: Normal, layer: Conv2d, std: 0.02}",
+        "detector.overrides.data_preprocessor.batch_augments=[{type: BatchFixedSizePad, size: [64, 64]}]",
+        "schedule.optimizer=SGD",
+        "max_steps=1",
+    ]
+    folder = tmp_path / "run"
+    assert main([*SMALL, f"data.root={cache}", f"run_dir={folder}", *overrides]) == 0
+    config = Config.fromfile(folder / "detector.py")
+    assert config.model.neck.type == "PAFPN"
+    assert config.model.bbox_head.loss_bbox.beta == 0.11
 
 
 def test_damaged_checkpoint_falls_back(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

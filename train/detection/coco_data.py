@@ -61,7 +61,11 @@ class CocoFiles:
             (folder / "annotations").mkdir(exist_ok=True)
             for split, path in paths.items():
                 write_atomic(path, json.dumps(self.mended[split]))
-        return replace(self, **{f"{split}_annotations": str(path) for split, path in paths.items()})
+        return replace(
+            self,
+            train_annotations=str(paths.get("train", self.train_annotations)),
+            val_annotations=str(paths.get("val", self.val_annotations)),
+        )
 
 
 def open_coco(
@@ -126,7 +130,10 @@ def open_coco(
         _check_sides(found["train"])
     return CocoFiles(
         classes,
-        *(str(root / name) for name in names),
+        str(root / names[0]),
+        str(root / names[1]),
+        str(root / names[2]),
+        str(root / names[3]),
         ranges=ranges,
         mended={split: a.content for split, a in found.items() if a.changed},
         notes=(*notes, *(note for a in found.values() for note in a.notes)),

@@ -15,6 +15,7 @@ from mmengine.logging import MMLogger
 
 from zoo.errors import UserError
 
+from .annotations import number_anew
 from .registry import METRICS
 
 __all__ = ["CocoMetric", "coco_average_precision"]
@@ -53,6 +54,9 @@ def coco_average_precision(
         raise ValueError(f"coco_average_precision: iou_type is {iou_type!r}; it takes 'bbox' or 'segm'")
     truth = ground_truth if isinstance(ground_truth, Mapping) else json.loads(Path(ground_truth).read_text())
     found = predictions if not isinstance(predictions, (str, Path)) else json.loads(Path(predictions).read_text())
+    # copies: both packages write areas and ids into what they are given
+    truth = {**truth, "annotations": [_whole(a) for a in truth["annotations"]]}
+    number_anew(truth["annotations"])
     if not found:  # which neither package evaluates
         return _nothing_found(truth)
     if engine == "faster_coco_eval":
@@ -63,8 +67,6 @@ def coco_average_precision(
         from pycocotools.cocoeval import COCOeval as Evaluation
     else:
         raise ValueError(f"coco_average_precision: engine is {engine!r}; it takes 'faster_coco_eval' or 'pycocotools'")
-    # copies: both packages write areas and ids into what they are given
-    truth = {**truth, "annotations": [dict(a) for a in truth["annotations"]]}
     truth.setdefault("info", {})
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -81,6 +83,12 @@ def coco_average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
     return _summarize(evaluation)
+
+
+def _whole(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an annotation with crowd flag and area, which the packages need, the latter from its box."""
+    box = annotation["bbox"]
+    return {"iscrowd": 0, "area": box[2] * box[3], **annotation}
 
 
 def _nothing_found(truth: Mapping[str, Any]) -> dict[str, float]:

@@ -61,7 +61,7 @@ def _refuse_nan(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     while pending:
         value = pending.pop()
         if isinstance(value, torch.Tensor):
-            if value.is_floating_point() and bool(torch.isnan(value).any()):
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise TrainingFailed(
                     f"the detector's {type(module).__name__} gives values that are no numbers, so that no precision "
                     "can be measured; train with a lower schedule.lr, schedule.clip_norm, or amp=bf16"
