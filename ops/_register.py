@@ -206,7 +206,7 @@ def register_qkv(name: str, forward: Function, backward: Function, fake: Functio
         returns = signature.return_annotation
         if count:
             returns = tuple[(Tensor,) * count] if count > 1 else Tensor  # type: ignore[misc]
-        function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[union-attr]
 
     def fake_packed(qkv: Tensor, *rest: Any) -> Any:
         return fake(*qkv.unbind(-3), *rest)

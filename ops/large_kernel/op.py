@@ -120,8 +120,8 @@ def _backward(
         from .kernels import large_kernel_attention_backward_triton
 
         dx = _empty(x)
-        return dx, *large_kernel_attention_backward_triton(*arguments, dx=dx)
-    return large_kernel_attention_backward_cpu(*arguments)
+        return dx, *large_kernel_attention_backward_triton(*arguments, dx=dx)  # type: ignore[return-value]
+    return large_kernel_attention_backward_cpu(*arguments)  # type: ignore[return-value]
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ def super_token_attention(
     Source: arXiv:2211.11167, equations 3 to 9; class StokenAttention in models/stvit.py of hhb072/STViT.
     """
     op = "super_token_attention"
-    size = per_axis(op, "token_size", token_size)
+    height, width = per_axis(op, "token_size", token_size)
+    size = (height, width)
     check_layout(op, "x", x, _MAP)
     C = x.shape[-1]
     if qkv_weight is not None:

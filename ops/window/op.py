@@ -100,8 +100,10 @@ def window_attention_qkvpacked(
     return torch.ops.zoo.window_attention_qkvpacked(qkv, bias, *sizes, grid, factor, path)[0]
 
 
-def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, ...]:
-    return *per_axis(op, "window_size", window_size), *per_axis(op, "shift", shift, least=0)
+def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, int, int, int]:
+    height, width = per_axis(op, "window_size", window_size)
+    down, right = per_axis(op, "shift", shift, least=0)
+    return height, width, down, right
 
 
 def _check(

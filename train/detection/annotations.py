@@ -255,7 +255,7 @@ class _Entry:
         value = self.entry.get("iscrowd")
         if type(value) is int and value in (0, 1):
             return
-        known = {None: 0, False: 0, True: 1, "0": 0, "1": 1, "": 0}
+        known: dict[Any, int] = {None: 0, False: 0, True: 1, "0": 0, "1": 1, "": 0}
         if not isinstance(value, bool | str | float | int | None) or value not in known:
             raise self._fault(f"has iscrowd {value!r}; give 0 or 1")
         self._set("iscrowd", known[value])
@@ -306,7 +306,7 @@ class _Entry:
                     "negative; correct or remove the annotation"
                 )
             self._set("bbox", [float(v) for v in rle.toBbox(code)])
-        elif not _overlap(given, width, height):
+        elif given is not None and not _overlap(given, width, height):
             code = self._code(image)
             if code is None or not rle.area(code):
                 return False
