@@ -18,6 +18,7 @@ __all__ = [
     "check_layout",
     "check_table",
     "compute_dtype",
+    "is_finite",
     "per_axis",
     "require",
     "resolve_scale",
@@ -37,6 +38,11 @@ def require(condition: bool, op: str, message: str, *values: Any) -> None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What the sums over tensors like x are made in: float64 for float64, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or infinite; False too where the sum of all overflows."""
+    return all(bool(x.sum(dtype=compute_dtype(x)).isfinite()) for x in tensors)
 
 
 def resolve_scale(scale: float | None, dim: int) -> float:

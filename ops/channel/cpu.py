@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output [B, N, heads, dim] and the attention maps [B, heads, dim, dim]."""
     batch, _, heads, dim = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     maps = torch.empty((batch, heads, dim, dim), dtype=dtype, device=q.device)
     for i in range(batch):
-        torch.bmm(_rows(k[i], dtype).transpose(1, 2), _rows(v[i], dtype), out=maps[i])
-    maps = maps.mul_(scale).softmax(-1)
+        torch.bmm((_rows(k[i], dtype) * scale).transpose(1, 2), _rows(v[i], dtype), out=maps[i])
+    maps = maps.softmax(-1)
     for i in range(batch):
         out[i].copy_(torch.bmm(_rows(q[i], dtype), maps[i].transpose(1, 2)).transpose(0, 1))
     return out, maps

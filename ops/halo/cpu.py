@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+
 __all__ = ["halo_attention_backward_cpu", "halo_attention_cpu"]
 
 # Logits of one chunk: 1 MiB of float32, half of a usual level-2 cache.
@@ -43,7 +45,7 @@ def halo_attention_cpu(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, Hq, Wq, heads, dv] and its log-sum-exp [B, Hq, Wq, heads] in the computing dtype."""
     g = _geometry(k, block_size, halo_size, stride)
-    wide = _wide_dtype(q)
+    wide = compute_dtype(q)
     tables = _tables(q, rel_height, rel_width, wide)
     spread = _spread(g, q.device, wide)
     border = _border(g, q.device, wide) if mask_border else None
@@ -55,8 +57,7 @@ def halo_attention_cpu(
     for chunk in _chunks(g):
         queries = _gather_queries(q_blocks[chunk], wide)  # (M, step**2, d)
         keys, values = (w[chunk].reshape(queries.shape[0], g.window**2, -1) for w in (k_windows, v_windows))
-        bias = _bias(queries, tables, border, chunk, g, None)
-        logits = _logits(queries, keys, bias, spread, scale)
+        logits = _logits(queries, keys, _bias(queries, tables, border, chunk, g), spread, scale)
         top = logits.amax(-1, keepdim=True)
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)
         _scatter_queries(out[chunk], torch.bmm(logits, values).div_(total), g)
@@ -81,12 +82,12 @@ def halo_attention_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the two tables (shape (0, d) for a table that is None)."""
     g = _geometry(k, block_size, halo_size, stride)
-    wide = _wide_dtype(q)
+    wide = compute_dtype(q)
     window, d = g.window, q.shape[-1]
     tables = _tables(q, rel_height, rel_width, wide)
     spread = _spread(g, q.device, wide)
     border = _border(g, q.device, wide) if mask_border else None
-    q_blocks, grad_blocks, lse_blocks = (_query_blocks(x, g) for x in (q, grad, lse[..., None]))
+    q_blocks, grad_blocks = (_query_blocks(x, g) for x in (q, grad))
     k_pad, v_pad = (_pad(x, g, wide) for x in (k, v))
     k_windows, v_windows = _windows(k_pad, g), _windows(v_pad, g)
     dk_pad, dv_pad = torch.zeros_like(k_pad), torch.zeros_like(v_pad)
@@ -95,27 +96,26 @@ def halo_attention_backward_cpu(
     d_tables = None if tables is None else torch.zeros_like(tables)
 
     for chunk in _chunks(g):
-        queries, upstream, lse_chunk = (_gather_queries(x[chunk], wide) for x in (q_blocks, grad_blocks, lse_blocks))
+        queries, upstream = (_gather_queries(x[chunk], wide) for x in (q_blocks, grad_blocks))
         keys, values = (w[chunk].reshape(queries.shape[0], window**2, -1) for w in (k_windows, v_windows))
-        bias = _bias(queries, tables, border, chunk, g, lse_chunk)
-        attn = _logits(queries, keys, bias, spread, scale).exp_()
-        # exp(lse) carries the rounding of lse; dividing by the sum here keeps that of the gradients at one ulp.
-        total = attn.sum(-1, keepdim=True)
-        upstream = upstream / total
+        logits = _logits(queries, keys, _bias(queries, tables, border, chunk, g), spread, scale)
+        # From the logits, not from their log-sum-exp, whose rounding would be an error of the exponent.
+        attn = torch.softmax(logits, -1, out=logits)
         _add_windows(dv_windows[chunk], torch.bmm(attn.transpose(1, 2), upstream), g)
-        d_logits = torch.bmm(upstream, values.transpose(1, 2)).mul_(attn)
-        d_logits.addcmul_(attn, d_logits.sum(-1, keepdim=True) / total, value=-1)
+        d_attn = torch.bmm(upstream, values.transpose(1, 2))
+        d_logits = torch._softmax_backward_data(d_attn, attn, -1, wide, grad_input=d_attn)
         _add_windows(dk_windows[chunk], torch.bmm(d_logits.transpose(1, 2), queries).mul_(scale), g)
         dq_chunk = torch.bmm(d_logits, keys).mul_(scale)
         if tables is not None and d_tables is not None:
-            d_bias = d_logits.view(-1, window**2) @ spread[: 2 * window].t()
+            d_bias = d_logits.view(-1, window**2) @ spread.t()
             d_shifted = d_bias.new_zeros(queries.shape[0], g.step, g.step, tables.shape[0])
             by_row, by_col = _shifted_views(d_shifted, g)
             d_bias = d_bias.view(-1, g.step, g.step, 2 * window)
             by_row.copy_(d_bias[..., :window])
             by_col.copy_(d_bias[..., window:])
             d_shifted = d_shifted.view(-1, tables.shape[0])
-            d_tables.addmm_(d_shifted.t(), queries.view(-1, d))
+            # a query of NaN has gradients of NaN in its own rows; its product with the zeros of the others is none
+            d_tables.addmm_(d_shifted.t(), queries.nan_to_num(0.0, 0.0, 0.0).view(-1, d))
             dq_chunk.view(-1, d).addmm_(d_shifted, tables)
         _scatter_queries(dq[chunk], dq_chunk, g)
 
@@ -130,10 +130,6 @@ def halo_attention_backward_cpu(
 def _geometry(k: Tensor, block: int, halo: int, stride: int) -> _Geometry:
     B, H, W, heads, _ = k.shape
     return _Geometry(B, H, W, heads, block, halo, block // stride, -(-H // block), -(-W // block))
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunks(g: _Geometry) -> Iterator[tuple[slice, slice]]:
@@ -206,10 +202,10 @@ def _tables(q: Tensor, rel_height: Tensor | None, rel_width: Tensor | None, dtyp
 
 
 def _spread(g: _Geometry, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One-hot rows that add a bias per key row, a bias per key column and a constant to every key of the window."""
+    """One-hot rows that add a bias per key row and a bias per key column to every key of the window."""
     eye = torch.eye(g.window, device=device, dtype=dtype)
     rows, cols = eye.repeat_interleave(g.window, 1), eye.repeat(1, g.window)
-    return torch.cat([rows, cols, torch.ones_like(rows[:1])])  # (2 * window + 1, window**2)
+    return torch.cat([rows, cols])  # (2 * window, window**2)
 
 
 def _border(g: _Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -243,13 +239,12 @@ def _bias(
     border: tuple[Tensor, Tensor] | None,
     chunk: tuple[slice, slice],
     g: _Geometry,
-    lse: Tensor | None,
 ) -> Tensor | None:
-    """What is added to the logits, per key row, key column and query: (M * step**2, 2 * window [+ 1]), or None."""
+    """What is added to the logits, per key row and key column of a query: (M * step**2, 2 * window), or None."""
     if tables is None and border is None:
-        return None if lse is None else -lse
+        return None
     M, window = queries.shape[0], g.window
-    shape = (M, g.step, g.step, 2 * window + (lse is not None))
+    shape = (M, g.step, g.step, 2 * window)
     if tables is None:
         bias = queries.new_zeros(shape)
     else:
@@ -263,8 +258,6 @@ def _bias(
         blocks = bias.view(-1, mask_rows.shape[0], g.cols, g.heads * g.step**2, bias.shape[-1])
         blocks[..., :window] += mask_rows[:, None, None]
         blocks[..., window : 2 * window] += border[1][:, None]
-    if lse is not None:
-        bias[..., -1] = -lse.view(M, g.step, g.step)
     return bias.view(M * g.step**2, -1)
 
 
@@ -272,7 +265,5 @@ def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, spread: Tensor, 
     """(M, step**2, window**2)."""
     if bias is None:
         return torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
-    if bias.dim() == 3:  # a constant per query
-        return torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
-    logits = (bias @ spread[: bias.shape[1]]).view(queries.shape[0], queries.shape[1], -1)
+    logits = (bias @ spread).view(queries.shape[0], queries.shape[1], -1)
     return logits.baddbmm_(queries, keys.transpose(1, 2), alpha=scale)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+
 __all__ = ["large_kernel_attention_backward_cpu", "large_kernel_attention_cpu"]
 
 _CONV_BACKWARD = torch.ops.aten.convolution_backward.default
@@ -65,7 +67,7 @@ def large_kernel_attention_backward_cpu(
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision is computed in float32: on a CPU that is no slower, and the sums need it."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(compute_dtype(x))
 
 
 def _wide_bias(x: Tensor | None) -> Tensor | None:

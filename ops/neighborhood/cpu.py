@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype, is_finite
+from zoo.ops._flash import attend
+
 from .reference import axis_windows
 
 __all__ = ["neighborhood_attention_backward_cpu", "neighborhood_attention_cpu"]
@@ -101,13 +104,15 @@ def _regions(
     stride: tuple[int, int],
     is_causal: tuple[bool, bool],
     dim: int,
+    single: bool,
 ) -> tuple[_Region, ...]:
+    """The tiles of a phase: those that cost least, or a single query each."""
     with torch.inference_mode(False), torch.device("cpu"):
         spans, boxes = [], []
         for n, k, s, causal in zip(lengths, kernel_size, stride, is_causal, strict=True):
             axis = _spans(n, k, s, causal)
             spans.append(axis)
-            tiles = sorted({min(n, math.ceil(tile / s) * s) for tile in (*_TILES, n)})
+            tiles = [1] if single else sorted({min(n, math.ceil(tile / s) * s) for tile in (*_TILES, n)})
             boxes.append({tile: _tile_boxes(axis, tile) for tile in tiles})
         pairs = itertools.product(*boxes)
         tile_h, tile_w = min(pairs, key=lambda pair: _cost(boxes[0][pair[0]], boxes[1][pair[1]], dim))
@@ -213,6 +218,7 @@ class _Problem:
         is_causal: Sequence[bool],
         bias: Tensor | None,
         like: Tensor,
+        single: bool,
     ) -> None:
         pad = (1,) * (2 - len(spatial))
         self.spatial = (*pad, *spatial)
@@ -225,12 +231,13 @@ class _Problem:
         table = table.view(-1, 2 * kh - 1, 2 * kw - 1)
         self.table = torch.nn.functional.pad(table, (0, 1, 0, 1), value=float("-inf")).flatten(1)
         self.has_bias = bias is not None
+        self.single = single
 
     def parts(self, dim: int) -> Iterator[tuple[tuple[_Phases, _Phases], _Region]]:
         for rows in _phases(self.spatial[0], self.dilation[0]):
             for columns in _phases(self.spatial[1], self.dilation[1]):
                 lengths = rows.length, columns.length
-                for region in _regions(lengths, self.kernel_size, self.stride, self.is_causal, dim):
+                for region in _regions(lengths, self.kernel_size, self.stride, self.is_causal, dim, self.single):
                     yield (rows, columns), region
 
     def mask(self, region: _Region) -> Tensor | None:
@@ -261,26 +268,8 @@ def _diagonals(x: Tensor) -> Tensor:
     return shifted.unflatten(-1, (m, n + m - 1)).sum(-2)
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def _plane(*tensors: Tensor) -> Iterator[Tensor]:
     return (x.unsqueeze(1) if x.dim() == 4 else x for x in tensors)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(tiles, nh, queries, d) -> output and log-sum-exp (tiles, nh, queries)."""
-    if q.size(-1) == v.size(-1) and q.device.type == "cpu":
-        mask = None if mask is None else mask.unsqueeze(0)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask, scale=scale
-        )
-        return out, lse
-    score = torch.matmul(q * scale, k.transpose(-1, -2))
-    if mask is not None:
-        score += mask
-    return torch.matmul(score.softmax(-1), v), score.logsumexp(-1)
 
 
 def neighborhood_attention_cpu(
@@ -295,12 +284,32 @@ def neighborhood_attention_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as reference.py defines them."""
-    dtype = _arithmetic(q.dtype)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = q.new_empty(q.shape[:-1], dtype=dtype)
+    options = kernel_size, dilation, stride, is_causal, scale
+    out, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+    _forward(q, k, v, bias, out, lse, *options, single=False)
+    if not is_finite(out):
+        images = _not_finite(out)
+        some_out, some_lse = torch.empty_like(out[images]), torch.empty_like(lse[images])
+        _forward(q[images], k[images], v[images], bias, some_out, some_lse, *options, single=True)
+        out[images], lse[images] = some_out, some_lse
+    return out, lse
+
+
+def _not_finite(*tensors: Tensor) -> Tensor:
+    """Which images to compute again, a query at a time: a mask hides no NaN, and a tile has one box for its queries."""
+    rows = [x.flatten(1).sum(1, dtype=compute_dtype(x)).isfinite() for x in tensors]
+    return ~torch.stack(rows).all(0)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[bool],
+    scale: float, single: bool,
+) -> None:  # fmt: skip
     if not out.numel():
-        return out, lse
-    problem = _Problem(q.shape[1:-2], kernel_size, dilation, stride, is_causal, bias, lse)
+        return
+    dtype = lse.dtype
+    problem = _Problem(q.shape[1:-2], kernel_size, dilation, stride, is_causal, bias, lse, single)
     maps = list(_plane(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), out, lse.unsqueeze(-1)))
     heads, dim = q.shape[-2:]
     phases = None
@@ -316,10 +325,9 @@ def neighborhood_attention_cpu(
                 _tokens_first(x[block], dtype).reshape(-1, n, heads, x.size(-1)).transpose(1, 2)
                 for x, n in ((qs, queries), (ks, keys), (vs, keys))
             )
-            tiles_out, tiles_lse = _attend(query, key, value, mask, scale)
+            tiles_out, tiles_lse = attend(query, key, value, None if mask is None else mask.unsqueeze(0), scale)
             outs[block].copy_(tiles_out.transpose(1, 2).reshape(outs[block].shape))
             lses[block].copy_(tiles_lse.transpose(1, 2).reshape(lses[block].shape))
-    return out, lse
 
 
 def neighborhood_attention_backward_cpu(
@@ -338,12 +346,31 @@ def neighborhood_attention_backward_cpu(
     scale: float,
 ) -> Tensor:
     """Write the gradients of q, k, v to dq, dk, dv (of any strides); the bias's (empty without one) is returned."""
-    dtype = _arithmetic(q.dtype)
+    options = kernel_size, dilation, stride, is_causal, scale
+    grads = (dq, dk, dv)
+    dbias = _backward(grad, q, k, v, bias, *grads, *options, single=False)
+    if not is_finite(*grads):
+        wrong = _not_finite(*grads)
+        dbias = torch.zeros_like(dbias)
+        for images, single in ((~wrong, False), (wrong, True)):
+            some = [torch.empty_like(x[images]) for x in grads]
+            dbias += _backward(grad[images], q[images], k[images], v[images], bias, *some, *options, single=single)
+            for x, part in zip(grads, some, strict=True):
+                x[images] = part
+    return dbias.to(q.dtype if bias is None else bias.dtype)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[bool],
+    scale: float, single: bool,
+) -> Tensor:  # fmt: skip
+    dtype = compute_dtype(q)
     dbias = q.new_zeros((0,) if bias is None else bias.shape, dtype=dtype)
     if q.numel():
         # keys are summed over the tiles that see them
         sums = [x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in (dk, dv)]
-        problem = _Problem(q.shape[1:-2], kernel_size, dilation, stride, is_causal, bias, sums[0])
+        problem = _Problem(q.shape[1:-2], kernel_size, dilation, stride, is_causal, bias, sums[0], single)
         maps = list(_plane(q, grad, k, v, dq, *sums))
         table = dbias.unsqueeze(1) if dbias.dim() == 2 else dbias
         phases = None
@@ -356,7 +383,7 @@ def neighborhood_attention_backward_cpu(
         for x, total in zip((dk, dv), sums, strict=True):
             if x is not total:
                 x.copy_(total)
-    return dbias.to(q.dtype if bias is None else bias.dtype)
+    return dbias
 
 
 def _region_backward(

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+
 
 def axis_windows(
     length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool, device: torch.device | None = None
@@ -36,7 +38,7 @@ def neighborhood_attention_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, *spatial, heads, dim_v] and log-sum-exp [B, *spatial, heads] of queries [B, *spatial, heads, dim]."""
-    dtype = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    dtype = compute_dtype(q)
     spatial = q.shape[1:-2]
     axes = zip(spatial, kernel_size, dilation, stride, is_causal, strict=True)
     tables = [axis_windows(*axis, q.device) for axis in axes]

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops._checks import compute_dtype, is_finite
+from zoo.ops._flash import attend
+
 from . import reference
 from .layout import Pair, from_regions, grid_size, key_region_size, pad_to_regions, to_regions
 
 _GROUP_ELEMENTS = 1 << 18  # of the queries of the images that are computed together
 _CHUNK_ELEMENTS = 1 << 18  # of gathered keys alive at a time
 _MASK_ELEMENTS = 1 << 20  # of one image's query-key mask
-_FLASH_DEVICES = ("cpu",)
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -43,24 +45,29 @@ def _stable_topk(x: Tensor, topk: int) -> Tensor:
 def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, region: Pair, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, H, W, heads, dim of v] and log-sum-exp [B, H, W, heads], both contiguous."""
     check_range(index)
-    attend = _dense if _prefers_dense(q, k, index, region) else _gathered
+    dense = _prefers_dense(q, k, index, region)
     out = q.new_empty((*q.shape[:4], v.shape[4]))
-    lse = q.new_empty(q.shape[:4], dtype=_wide(q))
+    lse = q.new_empty(q.shape[:4], dtype=compute_dtype(q))
     for i in _image_groups(q):
-        attend(out[i], lse[i], index[i], region, scale, *_for_flash(q[i], k[i], v[i]))
+        arguments = (out[i], lse[i], index[i], region, scale, *_for_flash(q[i], k[i], v[i]))
+        if dense:
+            _dense(*arguments)
+        if not dense or not is_finite(out[i]):  # a mask hides no NaN: it would reach queries that do not see it
+            _gathered(*arguments)
     return out, lse
 
 
-def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor, region: Pair, scale: float
-) -> Grads:
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, region: Pair, scale: float) -> Grads:
     """Gradients of q, k and v, contiguous; every sum runs in a fixed order."""
-    differentiate = _dense_backward if _prefers_dense(q, k, index, region) else _gathered_backward
+    dense = _prefers_dense(q, k, index, region)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for i in _image_groups(q):
         dq, dk, dv = (g[i] for g in grads)
-        tensors = _for_flash(grad[i], q[i], k[i], v[i], out[i])
-        differentiate(dq, dk, dv, index[i], region, scale, lse[i], *tensors)
+        arguments = (dq, dk, dv, index[i], region, scale, *_for_flash(grad[i], q[i], k[i], v[i]))
+        if dense:
+            _dense_backward(*arguments)
+        if not dense or not is_finite(dq, dk, dv):
+            _gathered_backward(*arguments)
     return grads
 
 
@@ -85,10 +92,6 @@ def _image_groups(q: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _for_flash(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Unit last strides and one head dim: zero channels change neither logits nor outputs."""
     dim = max(x.shape[-1] for x in tensors)
@@ -111,37 +114,23 @@ def _prefers_dense(q: Tensor, k: Tensor, index: Tensor, region: Pair) -> bool:
 
 def _attend(mask: Tensor | None, scale: float, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of [n, tokens, heads, dim]; output alike, log-sum-exp [n, tokens, heads]."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type in _FLASH_DEVICES:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    else:  # a scripted model on another device calls the registered op
-        logits = _logits(q, k, mask, scale)
-        lse = logits.logsumexp(-1)
-        out = ((logits - lse.unsqueeze(-1)).exp() @ v.to(logits.dtype)).to(q.dtype)
+    out, lse = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _attend_backward(
-    mask: Tensor | None, scale: float, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> Grads:
-    grad, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
-    if q.device.type in _FLASH_DEVICES:
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
-    else:
-        logits = _logits(q, k, mask, scale)
-        grad, q, k, v, out = (x.to(logits.dtype) for x in (grad, q, k, v, out))
-        weights = (logits - lse.unsqueeze(-1)).exp()
-        dlogits = weights * (grad @ v.transpose(-2, -1) - (grad * out).sum(-1, keepdim=True)) * scale
-        dq, dk, dv = dlogits @ k, dlogits.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad
+def _attend_backward(mask: Tensor | None, scale: float, grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Grads:
+    wide = compute_dtype(q)
+    grad, q, k, v = (x.transpose(1, 2).to(wide) for x in (grad, q, k, v))
+    q = q * scale
+    logits = q @ k.transpose(-2, -1)
+    logits = logits if mask is None else logits.add_(mask)
+    # From the logits, not from their log-sum-exp, whose rounding would be an error of the exponent.
+    weights = torch.softmax(logits, -1, out=logits)
+    dv = weights.transpose(-2, -1) @ grad
+    dweights = grad @ v.transpose(-2, -1)
+    dlogits = torch._softmax_backward_data(dweights, weights, -1, wide, grad_input=dweights)
+    dq, dk = (dlogits @ k).mul_(scale), dlogits.transpose(-2, -1) @ q
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    wide = _wide(q)
-    logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
-    return logits if mask is None else logits + mask
 
 
 def _dense(
@@ -162,20 +151,16 @@ def _dense_backward(
     index: Tensor,
     region: Pair,
     scale: float,
-    lse: Tensor,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
 ) -> None:
     key_region = key_region_size(q, k, region)
-    grad, q, out = pad_to_regions(grad, region), pad_to_regions(q, region), pad_to_regions(out, region)
+    grad, q = pad_to_regions(grad, region), pad_to_regions(q, region)
     k, v = pad_to_regions(k, key_region), pad_to_regions(v, key_region)
-    # A filled query has gradient zero, so its log-sum-exp, which was cut off, may be any number.
-    lse = pad_to_regions(lse.unsqueeze(-1), region).squeeze(-1)
     mask = _region_mask(q, k, index, region, key_region)
-    grads = _attend_backward(mask, scale, *(x.flatten(1, 2) for x in (grad, q, k, v, out, lse)))
+    grads = _attend_backward(mask, scale, *(x.flatten(1, 2) for x in (grad, q, k, v)))
     for target, source, like in zip((dq, dk, dv), grads, (q, k, v), strict=True):
         _crop_into(target, source.unflatten(1, like.shape[1:3]))
 
@@ -183,7 +168,7 @@ def _dense_backward(
 def _region_mask(q: Tensor, k: Tensor, index: Tensor, region: Pair, key_region: Pair) -> Tensor:
     """[B, 1, queries, keys]: the logarithm of how often the query's region has picked the key's region."""
     batch, (rows, cols) = q.shape[0], grid_size(q, region)
-    wide = _wide(q)
+    wide = compute_dtype(q)
     picks = torch.ones(index.shape, dtype=wide, device=q.device)
     count = torch.zeros(batch, rows * cols, rows * cols, dtype=wide, device=q.device).scatter_add_(2, index, picks)
     mask = count.log_().view(batch, rows, 1, cols, 1, rows, 1, cols, 1)
@@ -245,22 +230,19 @@ def _gathered_backward(
     index: Tensor,
     region: Pair,
     scale: float,
-    lse: Tensor,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
 ) -> None:
     key_region = key_region_size(q, k, region)
-    grad, q, out = (to_regions(x, region).flatten(0, 1) for x in (grad, q, out))
+    grad, q = (to_regions(x, region).flatten(0, 1) for x in (grad, q))
     k, v = (to_regions(x, key_region).flatten(0, 1) for x in (k, v))
-    lse = to_regions(lse.unsqueeze(-1), region).flatten(0, 1).squeeze(-1)
-    key_sum, value_sum = (torch.zeros(k.shape, dtype=_wide(k), device=k.device) for _ in range(2))
+    key_sum, value_sum = (torch.zeros(k.shape, dtype=compute_dtype(k), device=k.device) for _ in range(2))
     query_parts = []
     for run, picked in _chunks(index, k):
         keys, values = _pick(k, picked, index), _pick(v, picked, index)
-        part, dkeys, dvalues = _attend_backward(None, scale, grad[run], q[run], keys, values, out[run], lse[run])
+        part, dkeys, dvalues = _attend_backward(None, scale, grad[run], q[run], keys, values)
         query_parts.append(part)
         key_sum.index_add_(0, picked, dkeys.reshape(-1, *k.shape[1:]).to(key_sum.dtype))
         value_sum.index_add_(0, picked, dvalues.reshape(-1, *k.shape[1:]).to(key_sum.dtype))

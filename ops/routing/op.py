@@ -208,12 +208,12 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor,
     region_height: int, region_width: int, scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tensors = (grad.contiguous(), q, k, v, index, out, lse)
+    grad, region = grad.contiguous(), (region_height, region_width)
     if runs_triton(_NAME, backend, q):
         from .kernels import routing_backward_triton
 
-        return routing_backward_triton(*tensors, (region_height, region_width), scale)
-    return cpu.backward(*tensors, (region_height, region_width), scale)
+        return routing_backward_triton(grad, q, k, v, index, out, lse, region, scale)
+    return cpu.backward(grad, q, k, v, index, region, scale)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

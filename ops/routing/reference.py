@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops._backend import no_autocast
+from zoo.ops._checks import compute_dtype
 
 from .layout import Pair, from_regions, grid_size, key_region_size, pad_to_regions, to_regions
 
@@ -32,8 +33,7 @@ def routing_attention(
     filled key has logit 0 and takes part in the softmax. float16 and bfloat16 are computed in float32.
     """
     size, dtype, key_region = (q.shape[1], q.shape[2]), q.dtype, key_region_size(q, k, region)
-    if dtype in (torch.float16, torch.bfloat16):
-        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = (x.to(compute_dtype(q)) for x in (q, k, v))
     batch, count, topk = index.shape
     picked = (index + count * torch.arange(batch, device=index.device).view(-1, 1, 1)).flatten()
 
@@ -50,7 +50,7 @@ def routing_attention(
 
 def _region_mean(x: Tensor, region: Pair) -> Tensor:
     """[B, H, W, nh, d] -> [B, R, nh * d]; tokens outside the map do not count."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.to(compute_dtype(x))
     return _region_sum(x, region) / _region_sum(x.new_ones(1, x.shape[1], x.shape[2], 1, 1), region)
 
 

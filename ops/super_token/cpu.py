@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+
 from .reference import EPS
 
 # Images per pass: their cells (2 MB in float32) stay in the cache between the products that read them.
@@ -16,10 +18,6 @@ _CHUNK = 1 << 19
 
 def _images(x: Tensor, channels: int) -> int:
     return max(1, _CHUNK // max(1, x.shape[1] * x.shape[2] * channels))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _to_cells(x: Tensor, th: int, tw: int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +62,7 @@ def sampling(x: Tensor, th: int, tw: int, n_iter: int, scale: float) -> tuple[Te
     """Tokens [B, hh, ww, C], affinity [B, H, W, 9] and the mass [B, hh, ww, 1] that every token gathered."""
     B, H, W, C = x.shape
     hh, ww = -(-H // th), -(-W // tw)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     tokens = x.new_empty(B, hh, ww, C)
     affinity = x.new_empty(B, H, W, 9)
     mass = x.new_empty(B, hh, ww, 1, dtype=dtype)
@@ -76,7 +74,7 @@ def sampling(x: Tensor, th: int, tw: int, n_iter: int, scale: float) -> tuple[Te
         current = pixels.mean(1).view(n, hh, ww, C)
         for _ in range(n_iter):
             # The 9 neighbours on the middle axis: the softmax then runs along vectors of th * tw pixels.
-            weights = torch.bmm(_unfold(current) * scale, pixels.mT).softmax(1)  # (n * hh * ww, 9, th * tw)
+            weights = torch.bmm(_unfold(current), pixels.mT).mul_(scale).softmax(1)  # (n * hh * ww, 9, th * tw)
             shares = weights.sum(-1).view(n, hh * ww, 9).mT
             total = F.fold(shares, (hh, ww), 3, padding=1).view(n, hh, ww, 1) + EPS
             current = _fold(torch.bmm(weights, pixels), n, hh, ww) / total
@@ -94,7 +92,7 @@ def sampling_backward(grad: Tensor, affinity: Tensor, mass: Tensor, th: int, tw:
 def mapping(tokens: Tensor, affinity: Tensor, th: int, tw: int) -> Tensor:
     """Pixels [B, H, W, C]: every one the mean of 9 tokens under its affinity. The dtype is the tokens'."""
     B, hh, ww, C = tokens.shape
-    dtype = _compute_dtype(tokens)
+    dtype = compute_dtype(tokens)
     out = tokens.new_empty(B, affinity.shape[1], affinity.shape[2], C)
     step = _images(affinity, C)
     for b in range(0, B, step):
@@ -109,7 +107,7 @@ def mapping_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens and, if needed (else an empty tensor), of the affinity."""
     B, hh, ww, C = tokens.shape
-    dtype = _compute_dtype(tokens)
+    dtype = compute_dtype(tokens)
     dtokens = tokens.new_empty(B, hh, ww, C)
     daffinity = affinity.new_empty(affinity.shape if need_affinity else (0,))
     step = _images(affinity, C)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+from zoo.ops._flash import attend
+
 # Elements of the scores and of q, k, v that a thread works on at once: bounds memory, hides the cost of a call.
 _CHUNK = 1 << 20
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Segment(NamedTuple):
@@ -93,16 +93,6 @@ def tilings(height: int, width: int, window: tuple[int, int], shift: tuple[int, 
             yield Tiles(rows, columns)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention of (windows, heads, tokens, d) and its log-sum-exp (windows, heads, tokens)."""
-    if q.device.type == "cpu":
-        return _flash(q, k, v, 0.0, False, attn_mask=None if bias is None else bias[None], scale=scale)
-    scores = scale * q @ k.transpose(-2, -1)
-    scores = scores if bias is None else scores + bias
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp() @ v, lse
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -115,7 +105,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, W, heads, dim] and the log-sum-exp of the scores [B, H, W, heads]."""
     _, height, width, heads, dim = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=dtype, device=q.device)
     if not q.numel():
@@ -125,7 +115,7 @@ def forward(
         n = tiles.tokens
         pairs = None
         if table is not None:
-            pairs = table.index_select(1, tiles.bias_index(window, q.device)).view(heads, n, n)
+            pairs = table.index_select(1, tiles.bias_index(window, q.device)).view(1, heads, n, n)
         views = [tiles.view(x) for x in (q, k, v, out, lse)]
         for piece in tiles.chunks(q.shape[0], heads, dim):
             # Rows of heads * d values are the longest runs to copy; attention reads the heads through a stride.
@@ -155,61 +145,44 @@ def backward(
     _, height, width, heads, _ = q.shape
     if not q.numel():
         return None if bias is None else torch.zeros_like(bias)
-    if bias is None and q.device.type == "cpu":
-        for tiles in tilings(height, width, window, shift, grid):
-            _backward_flash(tiles, (q, k, v, grad, out, lse), scale, into)
-        return None
-    # The same sum as of probabilities and their gradients (arXiv:2205.14135, section 3.1).
-    delta = (grad.to(lse.dtype) * out).sum(-1)  # (B, H, W, heads)
     table = None if bias is None else bias.to(lse.dtype).flatten(1)
     dtable = None if table is None else torch.zeros_like(table, memory_format=torch.contiguous_format)
     for tiles in tilings(height, width, window, shift, grid):
         index = tiles.bias_index(window, q.device)
         pairs = None if table is None else table.index_select(1, index)
-        dpairs = _backward_tiles(tiles, (q, k, v, grad, lse, delta), pairs, scale, into)
+        dpairs = _backward_tiles(tiles, (q, k, v, grad), lse.dtype, pairs, scale, into)
         if dtable is not None and dpairs is not None:
             dtable.scatter_add_(1, index.expand(heads, -1), dpairs)
     return None if bias is None or dtable is None else dtable.view(bias.shape).to(bias.dtype)
 
 
-def _backward_flash(tiles: Tiles, tensors: tuple[Tensor, ...], scale: float, into: tuple[Tensor, ...]) -> None:
-    """Write the gradients of one tiling without a bias by PyTorch's own kernel, which gives none for a bias."""
-    n, dtype = tiles.tokens, tensors[5].dtype
-    batch, _, _, heads, dim = tensors[0].shape
-    views = [tiles.view(x if x.ndim == 5 else x[..., None]) for x in tensors]
-    targets = [tiles.view(x) for x in into]
-    for piece in tiles.chunks(batch, heads, dim):
-        q, k, v, g, out, lse = (x[piece].to(dtype).reshape(-1, n, heads, x.shape[-1]).transpose(1, 2) for x in views)
-        grads = _flash_backward(g, q, k, v, out, lse[..., 0], 0.0, False, attn_mask=None, scale=scale)
-        for target, x in zip(targets, grads, strict=True):
-            target = target[piece]
-            target.copy_(x.transpose(1, 2).reshape(target.shape))
-
-
 def _backward_tiles(
-    tiles: Tiles, tensors: tuple[Tensor, ...], pairs: Tensor | None, scale: float, into: tuple[Tensor, ...]
+    tiles: Tiles,
+    tensors: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    pairs: Tensor | None,
+    scale: float,
+    into: tuple[Tensor, ...],
 ) -> Tensor | None:
     """Write the gradients of one tiling; the gradient of `pairs` (heads, tokens * tokens)."""
-    n, dtype = tiles.tokens, tensors[4].dtype
+    n = tiles.tokens
     batch, _, _, heads, dim = tensors[0].shape
     dpairs = None if pairs is None else torch.zeros(heads, n, n, dtype=dtype, device=pairs.device)
-    views = [tiles.view(x if x.ndim == 5 else x[..., None]) for x in tensors]
-    targets = [tiles.view(x) for x in into]
+    views, targets = [tiles.view(x) for x in tensors], [tiles.view(x) for x in into]
     for piece in tiles.chunks(batch, heads, dim):
-        # (windows * heads, tokens, d or 1)
-        q, k, v, g, log, delta = (
-            x[piece].permute(0, 1, 2, 5, 3, 4, 6).to(dtype).reshape(-1, n, x.shape[-1]) for x in views
-        )
-        if pairs is None:
-            p = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        else:
-            added = pairs.expand(q.shape[0] // heads, heads, n * n).reshape(-1, n, n)
-            p = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scale)
-        p.sub_(log).exp_()
+        # (windows * heads, tokens, d)
+        q, k, v, g = (x[piece].permute(0, 1, 2, 5, 3, 4, 6).to(dtype).reshape(-1, n, dim) for x in views)
+        q = q * scale
+        p = torch.bmm(q, k.transpose(1, 2))
+        if pairs is not None:
+            p.view(-1, heads, n, n).add_(pairs.view(heads, n, n))
+        # From the scores, not from their log-sum-exp, whose rounding would be an error of the exponent.
+        p = torch.softmax(p, -1, out=p)
         dv = torch.bmm(p.transpose(1, 2), g)
-        dscores = torch.bmm(g, v.transpose(1, 2)).sub_(delta).mul_(p)
+        dp = torch.bmm(g, v.transpose(1, 2))
+        dscores = torch._softmax_backward_data(dp, p, -1, dtype, grad_input=dp)
         dq = torch.bmm(dscores, k).mul_(scale)
-        dk = torch.bmm(dscores.transpose(1, 2), q).mul_(scale)
+        dk = torch.bmm(dscores.transpose(1, 2), q)
         if dpairs is not None:
             dpairs += dscores.view(-1, heads, n, n).sum(0)
         for target, x in zip(targets, (dq, dk, dv), strict=True):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops._checks import compute_dtype
+
 
 def window_attention(
     q: Tensor,
@@ -20,7 +22,7 @@ def window_attention(
     wh, ww = window
     nh, nw = -(-height // wh), -(-width // ww)
     padded = (nh * wh, nw * ww)
-    given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    given, dtype = q.dtype, compute_dtype(q)
 
     def cut(x: Tensor) -> Tensor:  # (B, H, W, ...) -> (B, windows, tokens of a window, ...)
         tail = x.ndim - 3

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from golden import npz
 from torch import Tensor
 
+from zoo.ops._flash import attend
 from zoo.ops.window import cpu, window_attention, window_attention_qkvpacked
 
 BACKENDS = ("reference", "cpu")
@@ -187,11 +188,13 @@ def test_segments_hold_every_position_once(case: str) -> None:
         assert sorted(found) == list(range(n))
 
 
-def test_tile_attention_off_the_cpu_is_the_same() -> None:
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["flash", "plain"])
+def test_tile_attention_off_the_cpu_is_the_same(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.ops._flash._DEVICES", devices)
     q, k, v = torch.randn(3, 6, 2, 9, 4, dtype=torch.float64)
     pairs = torch.randn(2, 9, 9, dtype=torch.float64)
     for bias in (None, pairs):
-        out, lse = cpu.attend(q, k, v, bias, 0.3)
+        out, lse = attend(q, k, v, None if bias is None else bias[None], 0.3)
         scores = 0.3 * q @ k.mT + (0 if bias is None else bias)
         assert_close([out, lse], [scores.softmax(-1) @ v, scores.logsumexp(-1)], 1e-12)
 
