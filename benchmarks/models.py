@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import zoo  # noqa: F401  registers the models
 from benchmarks import ROOT, textbook
 from benchmarks.environment import command_line, environment, synchronize
-from zoo import ops
+from zoo.ops import scriptable
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,8 +116,9 @@ def replaced(entry: Entry, peer: bool) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for name, function in entry.textbook if peer else ():
-            op = getattr(ops, name)
-            users = [m for n, m in list(sys.modules.items()) if n.startswith("zoo.models.") and vars(m).get(name) is op]
+            op = getattr(scriptable, name, None)  # what models call
+            files = [module for key, module in list(sys.modules.items()) if key.startswith("zoo.models.")]
+            users = [module for module in files if op is not None and vars(module).get(name) is op]
             if not users:
                 raise LookupError(f"no file of zoo.models imports {name}")
             for module in users:
