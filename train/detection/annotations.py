@@ -255,8 +255,8 @@ class _Entry:
         value = self.entry.get("iscrowd")
         if type(value) is int and value in (0, 1):
             return
-        known = {None: 0, False: 0, True: 1, "0": 0, "1": 1, "": 0}
-        if not isinstance(value, bool | str | float | int | None) or value not in known:
+        known: dict[Any, int] = {None: 0, False: 0, True: 1, "0": 0, "1": 1, "": 0}
+        if isinstance(value, list | dict) or value not in known:
             raise self._fault(f"has iscrowd {value!r}; give 0 or 1")
         self._set("iscrowd", known[value])
 
@@ -296,7 +296,7 @@ class _Entry:
 
     def box(self, image: Mapping[str, Any], cut: list[str]) -> bool:
         """Derive or cut the box; whether something of it is in the image."""
-        given = self.entry.get("bbox")
+        given: Any = self.entry.get("bbox")
         width, height = image["width"], image["height"]
         if not _is_box(given):
             code = self._code(image)
