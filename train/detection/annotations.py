@@ -256,7 +256,7 @@ class _Entry:
         if type(value) is int and value in (0, 1):
             return
         known: dict[Any, int] = {None: 0, False: 0, True: 1, "0": 0, "1": 1, "": 0}
-        if not isinstance(value, bool | str | float | int | None) or value not in known:
+        if isinstance(value, list | dict) or value not in known:
             raise self._fault(f"has iscrowd {value!r}; give 0 or 1")
         self._set("iscrowd", known[value])
 
@@ -296,7 +296,7 @@ class _Entry:
 
     def box(self, image: Mapping[str, Any], cut: list[str]) -> bool:
         """Derive or cut the box; whether something of it is in the image."""
-        given = self.entry.get("bbox")
+        given: Any = self.entry.get("bbox")
         width, height = image["width"], image["height"]
         if not _is_box(given):
             code = self._code(image)
@@ -306,7 +306,7 @@ class _Entry:
                     "negative; correct or remove the annotation"
                 )
             self._set("bbox", [float(v) for v in rle.toBbox(code)])
-        elif given is not None and not _overlap(given, width, height):
+        elif not _overlap(given, width, height):
             code = self._code(image)
             if code is None or not rle.area(code):
                 return False
