@@ -2,7 +2,7 @@
 
 import sys
 
-from zoo.train.app import main
+from zoo.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("train", sys.argv[1:]))
+    sys.exit(main(["train", *sys.argv[1:]]))

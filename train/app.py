@@ -18,7 +18,7 @@ from zoo.train.compose import (
 from zoo.train.config import EVAL, TRAIN, EvalConfig
 from zoo.train.resume import Changes, resumed_config
 from zoo.train.runs import Run, claim_folder, load_run, write_config
-from zoo.train.shell import Arguments, Command, group_choices, run_command, sweep
+from zoo.train.shell import Arguments, Command, group_choices, run_command, show_sweep, sweep
 
 __all__ = ["COMMANDS", "main"]
 
@@ -57,6 +57,9 @@ def _train(arguments: Arguments) -> None:
     if arguments.multirun:
         if run is not None:
             raise UserError("resume continues one run and --multirun starts several; leave one out")
+        if arguments.show:
+            show_sweep(TRAIN, arguments)
+            return
         sweep(TRAIN, arguments, lambda config: float(_train_one(config)["top1"]))
         return
     if run is not None:

@@ -1,22 +1,29 @@
 """From the command line to a typed configuration, and from Hydra's errors to one line."""
 
 import difflib
+import functools
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.base import Container
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
 
 from zoo.errors import UserError, first_line
 from zoo.registry import nearest_names, package_models
@@ -24,12 +31,14 @@ from zoo.train.config import Schema
 
 __all__ = [
     "PATHS",
+    "VettedLoader",
     "compose_config",
     "forbid_targets",
     "from_container",
     "known_keys",
     "normalize",
     "override_value",
+    "own_hydra_section",
     "parse_overrides",
     "prepare",
     "typed",
@@ -48,6 +57,13 @@ _HYDRA_KEYS = (
 _SEARCH_PATH = "hydra.searchpath="
 # Keys that hold a path (or, of weights, a choice): their values are taken as they are, and `~` is the home folder.
 PATHS = ("data.root", "run_root", "run_dir", "resume", "run", "out", "pretrained", "model.pretrained")
+# Resolvers that a configuration may use: Hydra's own, and these very words of ours. All others could carry what is in
+# the environment into a run folder, a logger or an export, or decide by it what is trained.
+_HYDRA_RESOLVERS = ("now", "hydra", "python_version")
+_OWN_RESOLVERS = (("logger.wandb.mode", "${oc.env:WANDB_MODE,online}"),)
+# What Hydra writes into its own section itself; the rest is what this package's files say
+_HYDRA_RUNTIME = ("overrides", "runtime", "searchpath", "mode")
+_JOB_RUNTIME = ("name", "override_dirname", "id", "num", "config_name")
 _NO_PATH = ("", "null", "true", "false")
 
 
@@ -134,11 +150,137 @@ def forbid_targets(config: Any, path: str = "") -> None:
             forbid_targets(value, f"{path}{index}.")
 
 
+def _resolvers(text: str) -> list[str]:
+    """The resolvers that OmegaConf would call for a value, such as oc.env for ${oc.env:HOME}."""
+    if "${" not in text:
+        return []
+    try:
+        waiting: list[Any] = [parse(text)]
+    except GrammarParseError:
+        return []  # OmegaConf refuses it as well
+    found = []
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+            found.append(node.resolverName().getText())
+        waiting += getattr(node, "children", None) or ()
+    return found
+
+
+def _strings(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted keys and values of all strings in plain containers."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _strings(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list | tuple):
+        for index, value in enumerate(config):
+            yield from _strings(value, f"{key}.{index}")
+    elif isinstance(config, str):
+        yield key, config
+
+
+def _closed(key: str, text: str) -> UserError:
+    return UserError(f"{key}={text}: a configuration cannot call a resolver; write the value itself")
+
+
+def _forbid_resolvers(config: Any, key: str = "", allowed: Sequence[str] = ()) -> None:
+    """Raise UserError where OmegaConf would call a resolver for a value of a configuration."""
+    raw = OmegaConf.to_container(config, resolve=False) if isinstance(config, Container) else config
+    for name, text in _strings(raw, key):
+        if any(resolver not in allowed for resolver in _resolvers(text)) and (name, text) not in _OWN_RESOLVERS:
+            raise _closed(name, text)
+
+
+@contextmanager
+def _hydra_resolvers() -> Iterator[None]:
+    """Leave OmegaConf no resolvers but Hydra's own: a defaults list is resolved before its values can be looked at."""
+    table = BaseContainer._resolvers
+    away = {name: table.pop(name) for name in list(table) if name not in _HYDRA_RESOLVERS}
+    try:
+        yield
+    finally:
+        table.update(away)
+
+
+def _hydra_section(config: DictConfig) -> dict[str, Any]:
+    """What a composition says to Hydra itself, without what Hydra adds."""
+    section: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    section["job"] = {k: v for k, v in section["job"].items() if k not in _JOB_RUNTIME}
+    return {k: v for k, v in section.items() if k not in _HYDRA_RUNTIME}
+
+
+def _vet(composed: DictConfig, own: Mapping[str, Any]) -> None:
+    """Raise UserError where configuration files say to Hydra what is this package's to say, or call resolvers.
+
+    Args:
+        composed: a composition with its section `hydra`.
+        own: that section as the package's files and the command line alone make it.
+    """
+    section = _hydra_section(composed)
+    for part in ("sweeper", "launcher"):
+        target = str((section[part] or {}).get("_target_"))
+        if not target.startswith(("hydra._internal.core_plugins.", "hydra_plugins.")):
+            raise UserError(f"hydra.{part}._target_={target}: a configuration cannot name code to run; name a plugin")
+        if section[part] != own[part]:
+            _forbid_resolvers(section[part], f"hydra.{part}", _HYDRA_RESOLVERS)
+    for part in [*own, *(k for k in section if k not in own)]:
+        if part not in ("sweeper", "launcher") and section.get(part) != own.get(part):
+            said, ours = section.get(part), own.get(part)
+            key = f"hydra.{part}"
+            if isinstance(said, dict) and isinstance(ours, dict):
+                key += f".{next((k for k in said if said[k] != ours.get(k)), '*')}"
+            raise UserError(f"{key} is not open to configurations; remove it")
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    _forbid_resolvers({k: v for k, v in plain.items() if k != "hydra"})
+
+
+class VettedLoader(ConfigLoaderImpl):
+    """Hydra's loader, for a sweep: every composition, each job's too, is looked at before Hydra acts on it."""
+
+    def __init__(self, search_path: Any, own: Mapping[str, Any]) -> None:
+        super().__init__(search_path)
+        self.own = own
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        with _hydra_resolvers():
+            composed = super().load_configuration(*args, **kwargs)
+        _vet(composed, self.own)
+        return composed
+
+
+def own_hydra_section(schema: Schema[Any], prepared: Sequence[str]) -> dict[str, Any]:
+    """Hydra's section as the package's own files and the command line make it.
+
+    Args:
+        schema: what is composed.
+        prepared: the overrides, as `prepare` returns them.
+    """
+    own = (o for o in prepared if o.lstrip("+~").startswith("hydra") and not o.startswith(_SEARCH_PATH))
+    return _own_hydra_section(schema, tuple(own))
+
+
+@functools.lru_cache(16)
+def _own_hydra_section(schema: Schema[Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    packages = [f"{_SEARCH_PATH}[{','.join(_quote(f'pkg://{p}') for p in schema.packages)}]"] if schema.packages else []
+    return _hydra_section(_compose(schema, [*overrides, *packages]))
+
+
+def _compose(schema: Schema[Any], prepared: Sequence[str]) -> DictConfig:
+    """Hydra's composition, with its section `hydra`."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("zoo.configs", version_base="1.3"), _hydra_resolvers():
+        return compose(schema.name, overrides=list(prepared), return_hydra_config=True)
+
+
 def _unknown_key(key: str, schema: Schema[Any]) -> str:
     keys = list(known_keys(schema.config))
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-    if not near:
-        near = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]][:3]
+    last = key.split(".")[-1]
+    named = [k for k in keys if k.split(".")[-1] == last]  # as optim.lr is for lr
+    near = [*named, *difflib.get_close_matches(key, keys, n=3, cutoff=0.5)]
+    if not near:  # or spelt nearly as its last part
+        parts = difflib.get_close_matches(last, {k.split(".")[-1] for k in keys}, n=2, cutoff=0.7)
+        near = [k for part in parts for k in keys if k.split(".")[-1] == part]
+    near = list(dict.fromkeys(near))[:3]
     hint = f"the nearest keys are {', '.join(near)}" if near else "`--help` lists the keys"
     return f"unknown key {key!r}; {hint}"
 
@@ -159,6 +301,10 @@ def _explain_value(text: str, schema: Schema[Any]) -> str | None:
         return f"{key}=null is not possible; give a value"
     if "not a supported primitive" in text or "is incompatible with type hint" in text or "Cannot" in text:
         return f"{key}: {text.splitlines()[0]}; `--help` shows the types"
+    closed = re.search(r"Unsupported interpolation type (\S+)", text)
+    if closed:
+        where = f"{key}: " if key else ""
+        return f"{where}a configuration cannot call the resolver {closed.group(1)}; write the value itself"
     if "Interpolation key" in text:
         return f"{key}: {text.splitlines()[0]}; quote a dollar sign that is meant as one"
     missing = re.search(r"Missing mandatory value: (\S+)", text)
@@ -231,6 +377,9 @@ def prepare(
         key = override.split("=", 1)[0].lstrip("+~")
         if re.search(r"(^|[.{,\s'\"])_(target|partial|call)_", override):
             raise UserError(f"{override}: a configuration cannot name code to run; use the keys that `--help` lists")
+        hydra = _HYDRA_RESOLVERS if key.startswith("hydra") else ()
+        if any(resolver not in hydra for resolver in _resolvers(override)):
+            raise _closed(key, override.partition("=")[2])
         if key.startswith("hydra") and not key.startswith(_HYDRA_KEYS):
             raise UserError(f"{key} is not open to overrides; open are {', '.join(k.rstrip('.') for k in _HYDRA_KEYS)}")
     for folder in search_path:
@@ -258,14 +407,10 @@ def compose_config(schema: Schema[Any], overrides: Sequence[str], search_path: S
     """
     prepared = prepare(schema, overrides, search_path)
     for _ in range(4):  # a model without a file of its own is registered, and the composition tried again
-        GlobalHydra.instance().clear()
         try:
-            with (
-                warnings.catch_warnings(record=True) as caught,
-                initialize_config_module("zoo.configs", version_base="1.3"),
-            ):
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                composed = compose(schema.name, overrides=prepared)
+                composed = _compose(schema, prepared)
         except MissingConfigException as error:
             problem = _missing_choice(error, overrides)
             if problem:
@@ -278,6 +423,9 @@ def compose_config(schema: Schema[Any], overrides: Sequence[str], search_path: S
             raise UserError(
                 f"hydra.searchpath: {unavailable[0].splitlines()[0]}; give an existing folder as file:///PATH"
             )
+        _vet(composed, own_hydra_section(schema, prepared))
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
         return typed(composed, schema)
     raise UserError("the model choices of this configuration do not resolve; give model.name=NAME")
 
@@ -288,10 +436,14 @@ def typed(config: Any, schema: Schema[Any]) -> DictConfig:
     Raises:
         UserError: a key or value does not fit the schema.
     """
+    _forbid_resolvers(config)  # before merging, which may resolve
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema.config), config)
         container = OmegaConf.to_container(merged, resolve=True)
         forbid_targets(container)
+        for key, text in _strings(container):
+            if "${" in text:  # that was escaped, and would be resolved the next time
+                raise UserError(f"{key}={text}: a value cannot hold a dollar sign with a brace; leave it out")
         return OmegaConf.merge(OmegaConf.structured(schema.config), container)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error

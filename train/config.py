@@ -39,6 +39,8 @@ class Schema(Generic[Config]):
 
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "constant")
+_ENDS_AT_MIN_LR = ("cosine", "tanh", "poly", "wsd")
+_MAX_BATCH, _MAX_THREADS = 2**20, 1024
 LOSSES = ("ce", "bce", "poly")
 CLIP_MODES = ("norm", "value", "agc")
 AMP = ("none", "bf16", "fp16")
@@ -48,7 +50,9 @@ CROPS = ("rrc", "rkrc", "rkrr")
 WANDB_MODES = ("disabled", "offline", "online")
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest", "random")
 # what the configuration sets by a key of its own and so may not also come through model.kwargs
-_OWN_MODEL_KEYS = ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "pretrained", "pretrained_cfg_overlay")
+_OWN_MODEL_KEYS = ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "pretrained")
+# by which timm would read another file than model.pretrained says, or another configuration of the model
+_CLOSED_MODEL_KEYS = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 @dataclass
@@ -252,6 +256,9 @@ def _check_model(model: ModelConfig) -> None:
     for key in _OWN_MODEL_KEYS:
         if key in model.kwargs:
             raise UserError(f"model.kwargs.{key} is set by model.{key}; use `model.{key}={model.kwargs[key]}`")
+    for key in _CLOSED_MODEL_KEYS:
+        if key in model.kwargs:
+            raise UserError(f"model.kwargs.{key} is not open; use model.pretrained=FILE")
     if not isinstance(model.pretrained, bool | str):
         raise UserError(f"model.pretrained={model.pretrained!r} is no choice; give true, false or a checkpoint's path")
     _require(
@@ -324,8 +331,8 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
     """
     _check_model(cfg.model)
     _check_data(cfg.data)
-    _require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "at least 1")
-    _require(cfg.threads is None or cfg.threads > 0, "threads", cfg.threads, "at least 1")
+    _require(0 < cfg.batch_size <= _MAX_BATCH, "batch_size", cfg.batch_size, f"1 to {_MAX_BATCH}")
+    _require(cfg.threads is None or 0 < cfg.threads <= _MAX_THREADS, "threads", cfg.threads, f"1 to {_MAX_THREADS}")
     choose("amp", cfg.amp, AMP)
     if not isinstance(cfg, TrainConfig):
         choose("checkpoint", cfg.checkpoint, ("last", "best", "previous"))
@@ -335,21 +342,29 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
 
     for key in ("epochs", "grad_accum", "eval_every", "log_every"):
         _require(getattr(cfg, key) >= 1, key, getattr(cfg, key), "at least 1")
-    for key in ("max_steps", "val_batch_size"):
-        _require(getattr(cfg, key) is None or getattr(cfg, key) > 0, key, getattr(cfg, key), "at least 1, or null")
+    _require(cfg.max_steps is None or cfg.max_steps > 0, "max_steps", cfg.max_steps, "at least 1, or null")
+    size = cfg.val_batch_size
+    _require(size is None or 0 < size <= _MAX_BATCH, "val_batch_size", size, f"1 to {_MAX_BATCH}, or null")
+    _require(cfg.grad_accum <= _MAX_BATCH, "grad_accum", cfg.grad_accum, f"1 to {_MAX_BATCH}")
     _require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "a whole number from 0 to below 2**31")
     choose("optim.name", cfg.optim.name, map(str, list_optimizers()))
     choose("optim.clip_mode", cfg.optim.clip_mode, CLIP_MODES)
     choose("schedule.name", cfg.schedule.name, SCHEDULES)
     choose("loss.name", cfg.loss.name, LOSSES)
     choose("logger.wandb.mode", cfg.logger.wandb.mode, WANDB_MODES)
-    _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "a positive learning rate")
-    _require(cfg.optim.weight_decay >= 0, "optim.weight_decay", cfg.optim.weight_decay, "0 or more")
+    _require(0 < cfg.optim.lr < math.inf, "optim.lr", cfg.optim.lr, "a positive learning rate")
+    _require(0 <= cfg.optim.weight_decay < math.inf, "optim.weight_decay", cfg.optim.weight_decay, "0 or more")
+    _require(0 <= cfg.optim.momentum < 1, "optim.momentum", cfg.optim.momentum, "a factor from 0 to below 1")
     clip, decay = cfg.optim.clip_grad, cfg.optim.layer_decay
     _require(clip is None or clip > 0, "optim.clip_grad", clip, "a positive bound, or null")
     _require(decay is None or 0 < decay <= 1, "optim.layer_decay", decay, "a factor above 0 up to 1, or null")
     warmup = cfg.schedule.warmup_epochs
     _require(0 <= warmup <= cfg.epochs, "schedule.warmup_epochs", warmup, f"0 up to epochs={cfg.epochs}")
+    rates = {"min_lr": cfg.schedule.name in _ENDS_AT_MIN_LR, "warmup_lr": warmup > 0}
+    for key, used in rates.items():
+        rate = getattr(cfg.schedule, key)
+        wanted = f"0 up to optim.lr={cfg.optim.lr}"
+        _require(not used or 0 <= rate <= cfg.optim.lr, f"schedule.{key}", rate, wanted)
     _require(cfg.schedule.cooldown_epochs >= 0, "schedule.cooldown_epochs", cfg.schedule.cooldown_epochs, "0 or more")
     _require(0 <= cfg.loss.smoothing < 1, "loss.smoothing", cfg.loss.smoothing, "a share from 0 to below 1")
     _require(0 <= cfg.ema.decay < 1, "ema.decay", cfg.ema.decay, "a factor from 0 to below 1")

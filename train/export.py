@@ -1,10 +1,12 @@
 """`zoo export`: a run's weights in a form that other programs read."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from zoo import __version__
@@ -25,6 +28,9 @@ from zoo.train.data import resolve_transform
 from zoo.train.runs import Run, load_run, select_weights
 
 __all__ = ["FORMATS", "ExportConfig", "Exported", "export_run", "main"]
+
+_EXPORTER = "attention-zoo"
+_FILES = ("config.json", "model.safetensors", "README.md")  # of an export, in any format
 
 
 @dataclass
@@ -46,7 +52,7 @@ _USAGE = """usage: zoo export run=RUN_FOLDER out=DIR [key=value ...]
   format      timm: model.safetensors, config.json and a model card in timm's hub layout
   checkpoint  last (default), best or previous
   weights     auto (default: the averaged ones where the run kept them), ema or raw
-  overwrite   true replaces what is in `out`"""
+  overwrite   true replaces an earlier export in `out`"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,8 +124,7 @@ def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
     Raises:
         UserError: the run, its checkpoint or its weights are not there, or `out` is taken.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
-        raise UserError(f"out={out} is not an empty folder; give another one or overwrite=true")
+    _check_target(out, run, config.overwrite)
     exported = _open(run, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,13 +133,83 @@ def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
         raise UserError(f"out={out} cannot be written: {error.strerror}; give another folder") from error
     try:
         FORMATS[config.format](exported, temporary)
-        temporary.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        temporary.chmod(0o777 & ~_umask())
+        _exchange(temporary, out)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"out={out} cannot be written: {first_line(error)}; make room or give another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _exchange(temporary: Path, out: Path) -> None:
+    """Give a folder its name; the one that had it goes away once the new one is there."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.rename(old / "old")
+        try:
+            temporary.rename(out)
+        except OSError:
+            (old / "old").rename(out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_target(out: Path, run: Run, overwrite: bool) -> None:
+    """Raise UserError unless `out` is new, an empty folder, or, to be overwritten, an earlier export and no more."""
+    if out.is_symlink():
+        raise UserError(f"out={out} is a link; give the folder itself")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"out={out} is not a folder; give another one")
+    place = out.resolve()
+    try:
+        found = sorted(path.name for path in out.iterdir())
+    except OSError as error:
+        raise UserError(f"out={out} cannot be read: {error.strerror}; give another folder") from error
+    for name, kept in (("the run", run.path.resolve()), ("the current folder", Path.cwd()), ("home", _home())):
+        if kept is not None and kept.is_relative_to(place):
+            holds = "is" if kept == place else "holds"
+            raise UserError(f"out={out} {holds} {name}, which an export never replaces; give another folder")
+    if not found:
+        return
+    if not overwrite:
+        raise UserError(f"out={out} is not an empty folder; give another one, or overwrite=true for an earlier export")
+    if not _is_export(out):
+        raise UserError(
+            f"out={out} is no earlier export, and overwrite=true replaces nothing else; give another folder"
+        )
+    others = [name for name in found if name not in _FILES or (out / name).is_symlink() or not (out / name).is_file()]
+    if others:
+        raise UserError(f"out={out} holds more than an export, such as {others[0]}; move it, or give another folder")
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home().resolve()
+    except (RuntimeError, OSError):
+        return None
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and str(found.get("exported_by", "")).startswith(_EXPORTER)
 
 
 def _open(run: Run, config: ExportConfig) -> Exported:
@@ -142,6 +217,9 @@ def _open(run: Run, config: ExportConfig) -> Exported:
         raise UserError(f"{run.path} is a run of `zoo detect`; mmdet's tools take its checkpoints as they are")
     cfg = from_container(run.config, TRAIN)
     path, state = run.checkpoint(config.checkpoint)
+    classes = state.get("num_classes")
+    if state.get("kind") == "detector" or not isinstance(state.get("state_dict"), dict) or not isinstance(classes, int):
+        raise UserError(f"checkpoint {path} is not of a run of `zoo train`; give the folder of one")
     weights, kind = select_weights(state, config.weights)
     # what regularizes training is no part of the exported model's arguments
     plain = replace(cfg.model, drop_rate=None, drop_path_rate=None, grad_checkpointing=False)
@@ -156,27 +234,43 @@ def _write_timm(exported: Exported, folder: Path) -> None:
     description = f"trained on {exported.data_name}"
     own: dict[str, Any] = {"pretrained_cfg": {"tag": None, "notes": None, "description": description}}
     names = exported.state.get("label_names")
-    if names is not None and len(names) == exported.state["num_classes"]:
-        own["label_names"] = list(names)
+    if isinstance(names, list) and len(names) == exported.state["num_classes"]:
+        own["label_names"] = [str(name) for name in names]
     shape = resolve_transform(exported.cfg.data, exported.model, exported.cfg.model.in_chans)
     data_config = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    own["exported_by"] = f"{_EXPORTER} {__version__}"
     save_for_hf(exported.model, str(folder), model_config=own, safe_serialization=True, data_config=data_config)
     (folder / "README.md").write_text(_card(exported))
+
+
+def _measured(exported: Exported) -> str:
+    """The accuracy of these very weights, from the history in a verified checkpoint; summary.json is not asked."""
+    key = "ema_top1" if exported.weights == "ema" else "top1"
+    for rows in (exported.state.get("history"), _later_rows(exported)):
+        for row in reversed(rows if isinstance(rows, list) else []):
+            value = row.get(key) if isinstance(row, dict) and row.get("step") == exported.state.get("step") else None
+            if isinstance(value, float | int) and math.isfinite(value):
+                return f"{value:.2f} % on {row.get('held_out', 'the')} held-out images"
+    return "not measured"
+
+
+def _later_rows(exported: Exported) -> Any:
+    """What was measured after a checkpoint inside an epoch was written, which the best one of the run may know."""
+    with suppress(UserError):
+        return exported.run.checkpoint("best")[1].get("history")
+    return None
 
 
 def _card(exported: Exported) -> str:
     """A model card in the hub's form: what it is, what it was trained on, what it scores, how to load it."""
     name, state, model = exported.cfg.model.name, exported.state, exported.model
-    summary = exported.run.summary or {}
     cfg = timm.models.get_pretrained_cfg(name)
     parameters = sum(p.numel() for p in model.parameters())
     facts = {
         "model": f"`{name}`, {parameters / 1e6:.2f} M parameters, {state['num_classes']} classes",
         "trained on": f"{exported.data_name}, {state.get('epoch', 0)} epochs, {state.get('step', 0)} updates",
         "weights": f"{'averaged (EMA)' if exported.weights == 'ema' else 'raw'}, checkpoint `{exported.checkpoint}`",
-        "top-1": f"{summary['top1']:.2f} % on the held-out images (end of the run)"
-        if "top1" in summary
-        else "not measured",
+        "top-1": _measured(exported),
         "paper": (cfg.paper_name if cfg else None) or "-",
         "original code": (cfg.origin_url if cfg else None) or "-",
     }

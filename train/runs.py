@@ -500,9 +500,11 @@ def select_weights(state: Mapping[str, Any], weights: str = "auto") -> tuple[dic
     averaged = state.get("state_dict_ema")
     if weights == "ema" and averaged is None:
         raise UserError("this run kept no averaged weights (ema.enabled was false); choose weights=raw")
-    if averaged is not None and weights != "raw":
-        return dict(averaged), "ema"
-    return dict(state["state_dict"]), "raw"
+    kind = "ema" if averaged is not None and weights != "raw" else "raw"
+    found = averaged if kind == "ema" else state.get("state_dict")
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UserError(f"the checkpoint's {kind} weights are no state_dict; give the folder of a run of `zoo train`")
+    return dict(found), kind
 
 
 def lock_run(run_folder: str | Path) -> Any:
@@ -589,7 +591,10 @@ def _new_folder(cfg: Any) -> Path:
     if cfg.run_dir is not None:
         folder = Path(cfg.run_dir)
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"run_dir={folder} is not empty; continue it with resume={folder}, or give another folder")
+            raise UserError(
+                f"run_dir={folder} is not empty; continue it with "
+                f"{shlex.quote(f'resume={folder}')}, or give another folder"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

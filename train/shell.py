@@ -5,6 +5,7 @@ or SIGINT after the state was saved (`resume=RUN_FOLDER` continues); 130 interru
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, NoReturn
 
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.errors import UserError, first_line
-from zoo.train.compose import compose_config, prepare
+from zoo.errors import UserError, first_line, unbroken_output
+from zoo.train.compose import VettedLoader, compose_config, own_hydra_section, prepare
 from zoo.train.config import Schema
 from zoo.train.stop import Interrupted, TrainingFailed
 
@@ -32,6 +33,7 @@ __all__ = [
     "Command",
     "group_choices",
     "run_command",
+    "show_sweep",
     "sweep",
 ]
 
@@ -112,15 +114,19 @@ def _help(command: Command) -> str:
     return "\n".join(lines)
 
 
-def _check_sweeper(settings: Any) -> None:
-    """Raise UserError where a configuration file would have Hydra run code that is no plugin of its own."""
-    for part in ("sweeper", "launcher"):
-        target = str(settings[part].get("_target_"))
-        if not target.startswith(("hydra._internal.core_plugins.", "hydra_plugins.")):
-            raise UserError(f"hydra.{part}._target_={target}: a configuration cannot name code to run; name a plugin")
-    for part, found in (("callbacks", settings.callbacks), ("job_logging", settings.job_logging.get("handlers"))):
-        if found:
-            raise UserError(f"hydra.{part} is not open to configurations; remove it")
+def show_sweep(schema: Schema[Any], arguments: Arguments) -> None:
+    """Print the configuration of every job of a sweep over listed values; one document of YAML each."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    prepared = prepare(schema, arguments.overrides, arguments.search_path, sweep=True)
+    parsed = [o for o in OverridesParser.create().parse_overrides(prepared) if not o.key_or_group.startswith("hydra")]
+    try:
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException as error:
+        raise UserError(f"sweep: {first_line(error)}; --cfg job shows sweeps over listed values") from error
+    for number, job in enumerate(jobs):
+        config = compose_config(schema, job, arguments.search_path)
+        print(f"---\n# job {number}: {' '.join(job)}\n{OmegaConf.to_yaml(config)}", end="")
 
 
 def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig], float]) -> None:
@@ -157,10 +163,11 @@ def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig],
     search = create_automatic_config_search_path(
         calling_file=None, calling_module=None, config_path="pkg://zoo.configs"
     )
+    own = own_hydra_section(schema, prepared)
+    GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(task_name="zoo", config_search_path=search)
+    hydra.config_loader = VettedLoader(search, own)
     try:
-        composed = hydra.config_loader.load_configuration(schema.name, list(prepared), RunMode.MULTIRUN)
-        _check_sweeper(composed.hydra)
         hydra.multirun(schema.name, task_function=task, overrides=list(prepared), with_log_configuration=False)
     except HydraException as error:
         raise UserError(f"sweep: {first_line(error)}; `zoo train --help` lists keys and choices") from error
@@ -185,22 +192,35 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         return code
 
     try:
-        arguments = _parse(command, argv)
-        if arguments.help:
-            print(_help(command))
+        with unbroken_output():
+            arguments = _parse(command, argv)
+            if arguments.help:
+                print(_help(command))
+                return 0
+            command.run(arguments)
             return 0
-        command.run(arguments)
-        return 0
     except UserError as error:
         return report(" ".join(str(error).split()), EXIT_USER)
     except Interrupted:
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         return report("interrupted before there was anything to save", EXIT_KILLED)
-    except BrokenPipeError:
-        return 0
     except TrainingFailed as error:
         return report(" ".join(str(error).split()), EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return report(
+                f"{type(error).__name__}: {' '.join(str(error).split())}; debug=true shows where", EXIT_FAILED
+            )
+        where = f" {error.filename}" if error.filename else ""
+        return report(f"cannot write{where}: {error.strerror}; make room and resume", EXIT_USER)
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            return report(
+                f"out of memory ({text[:200] or 'MemoryError'}); lower batch_size or data.img_size", EXIT_USER
+            )
+        return report(f"{type(error).__name__}: {text[:400]}; debug=true shows where", EXIT_FAILED)
     except Exception as error:
         first = " ".join(str(error).split()) or "no message"
         return report(f"{type(error).__name__}: {first[:400]}; debug=true shows where", EXIT_FAILED)

@@ -6,7 +6,12 @@ With ZOO_WITHOUT_MODELS=1 in the environment it does not: `zoo.ops` then needs P
 import os
 
 from . import _links as _links  # first, for nothing else can be imported without links
+from . import _start
 from ._version import __version__ as __version__
 
 if os.environ.get("ZOO_WITHOUT_MODELS") != "1":
-    from . import models as models
+    if _links.is_command():
+        with _start.importing():
+            from . import models as models
+    else:
+        from . import models as models

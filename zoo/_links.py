@@ -14,6 +14,11 @@ def _broken() -> list[str]:
     return [n for n, path in paths.items() if os.path.isfile(path) or os.path.islink(path) and not os.path.isdir(path)]
 
 
+def is_command() -> bool:
+    """Whether the package is imported as a command: for `python -m zoo`, or by the console script."""
+    return bool(sys.argv) and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) in ("zoo", "zoo.exe"))
+
+
 def _check() -> None:
     broken = _broken()
     if not broken:
@@ -23,8 +28,7 @@ def _check() -> None:
         "not; `git config core.symlinks true && git checkout -- zoo` there makes them links; where the file system "
         "has none, install a wheel of the package and import it from another folder"
     )
-    # the interpreter looks for the module of `python -m zoo`, or runs the console script
-    if sys.argv and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) in ("zoo", "zoo.exe")):
+    if is_command():
         print(f"zoo: {message}", file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(message, name="zoo")

@@ -9,23 +9,32 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import NoReturn
 
+from zoo._start import importing
 from zoo._version import __version__
-from zoo.errors import UserError
+from zoo.errors import UserError, unbroken_output
 
 __all__ = ["main"]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` says more")
+
+
 def _train(argv: Sequence[str]) -> int:
     """train a classifier: zoo train model=nat_tiny data=imagenet data.root=PATH"""
-    from zoo.train.app import main as run
+    with importing():
+        from zoo.train.app import main as run
 
     return run("train", list(argv))
 
 
 def _eval(argv: Sequence[str]) -> int:
     """evaluate a run or a checkpoint: zoo eval run=runs/NAME"""
-    from zoo.train.app import main as run
+    with importing():
+        from zoo.train.app import main as run
 
     return run("eval", list(argv))
 
@@ -33,7 +42,8 @@ def _eval(argv: Sequence[str]) -> int:
 def _detect(argv: Sequence[str]) -> int:
     """train or evaluate a detector: zoo detect model=nat_tiny detector=mask_rcnn data=coco data.root=PATH"""
     try:
-        from zoo.train.detection.app import main as run
+        with importing():
+            from zoo.train.detection.app import main as run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("zoo"):
             raise
@@ -43,14 +53,15 @@ def _detect(argv: Sequence[str]) -> int:
 
 def _export(argv: Sequence[str]) -> int:
     """write a run's weights out: zoo export run=runs/NAME format=timm out=DIR"""
-    from zoo.train.export import main as run
+    with importing():
+        from zoo.train.export import main as run
 
     return run(list(argv))
 
 
 def _list(argv: Sequence[str]) -> int:
     """list models: zoo list 'nat*' 'van_b?'"""
-    parser = argparse.ArgumentParser(prog="zoo list", description="List the models that zoo registers with timm.")
+    parser = _Parser(prog="zoo list", description="List the models that zoo registers with timm.")
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="wildcards, quoted: 'biformer*'")
     parser.add_argument("--tags", action="store_true", help="list every published checkpoint, as model.tag")
     parser.add_argument("--markdown", action="store_true", help="print MODELS.md, the table of all models")
@@ -78,7 +89,7 @@ def _list(argv: Sequence[str]) -> int:
 
 def _info(argv: Sequence[str]) -> int:
     """what is known of a model: zoo info nat_tiny"""
-    parser = argparse.ArgumentParser(prog="zoo info", description="Print what is known of a model.")
+    parser = _Parser(prog="zoo info", description="Print what is known of a model.")
     parser.add_argument("name", help="a model, with or without a tag: nat_tiny, dinat_large.in22k")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -111,7 +122,7 @@ def _info(argv: Sequence[str]) -> int:
 
 def _doctor(argv: Sequence[str]) -> int:
     """check this machine: versions, and every op against its definition"""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="zoo doctor", description="Print which path each op takes on this machine, checked against its definition."
     )
     parser.parse_args(argv)
@@ -148,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a mistake that the message names, or the command's own."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(_usage())
+        with unbroken_output():
+            print(_usage())
         return 0 if args else 2
     if args[0] == "--version":
         print(f"zoo {__version__}")
@@ -159,12 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean `zoo {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise UserError(f"no command {args[0]!r}; {hint}")
-        return command(args[1:])
+        with unbroken_output():
+            return command(args[1:])
     except UserError as error:
-        print(f"zoo: {error}", file=sys.stderr)
+        print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 0
+    except KeyboardInterrupt:
+        print(f"zoo: interrupted before {args[0]} began", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -61,8 +61,14 @@ def nearest_names(name: str, candidates: Iterable[str], count: int = 3) -> list[
 
 
 def require_model(name: str) -> None:
-    """Raise UserError, naming the nearest names, unless timm knows the model."""
+    """Raise UserError, naming the nearest names, unless timm knows the model and its tag."""
+    architecture, dot, tag = name.partition(".")
     if timm.is_model(name):
+        tagged = list(get_arch_pretrained_cfgs(architecture)) if dot else []
+        if dot and name not in tagged:
+            known = [found for found in tagged if "." in found]
+            hint = f"the tags are {', '.join(known)}" if known else f"it has none; say {architecture}"
+            raise UserError(f"unknown tag {tag!r} of model {architecture}; {hint}")
         return
     near = nearest_names(name.split(".")[0], timm.list_models())
     hint = f"the nearest names are {', '.join(near)}" if near else "`zoo list` prints the names"

@@ -2,6 +2,7 @@
 
 import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import timm
 import torch
 import training
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+from zoo.cli import main as cli
 from zoo.train.app import main
 from zoo.train.compose import compose_config, from_container, normalize
 from zoo.train.config import TRAIN
@@ -104,6 +107,23 @@ def fails(capsys: pytest.CaptureFixture[str], command: str, *argv: str) -> str:
         ("--config-dir=/no/such", ("/no/such", "give the folder")),
         ("hydra.job_logging.version=1", ("hydra.job_logging", "not open")),
         ("logger=wandb logger.wandb.mode=sometimes", ("'sometimes'", "offline")),
+        ("lr=1e-3", ("unknown key 'lr'", "optim.lr")),
+        ("optimizer.lr=1e-3", ("optim.lr",)),
+        ("treads=3", ("threads",)),
+        ("mixup=0.1", ("augment.mixup",)),
+        ("threads=100000", ("threads=100000", "1 to")),
+        ("threads=0", ("threads=0", "1 to")),
+        ("batch_size=1000000000", ("batch_size=1000000000", "1 to")),
+        ("batch_size=5000", ("1438 training images", "lower batch_size")),
+        ("val_batch_size=99999999", ("val_batch_size=99999999", "1 to")),
+        ("grad_accum=99999999", ("grad_accum=99999999", "1 to")),
+        ("schedule.min_lr=1", ("schedule.min_lr=1.0", "optim.lr=0.002")),
+        ("schedule.min_lr=-1", ("schedule.min_lr=-1.0", "0 up to")),
+        ("schedule.min_lr=nan", ("schedule.min_lr=nan", "0 up to")),
+        ("schedule.warmup_epochs=1 schedule.warmup_lr=1", ("schedule.warmup_lr=1.0", "optim.lr=0.002")),
+        ("optim.lr=inf", ("optim.lr=inf", "positive")),
+        ("optim.lr=nan", ("optim.lr=nan", "positive")),
+        ("optim.momentum=2", ("optim.momentum=2.0", "below 1")),
     ],
 )
 def test_train_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str, words: tuple[str, ...]) -> None:
@@ -169,6 +189,140 @@ def test_code_from_configuration(capsys: pytest.CaptureFixture[str], tmp_path: P
     (run / "config.yaml").write_text("model: {name: nat_mini, kwargs: {x: {_target_: os.system}}}")
     assert "code to run" in fails(capsys, "train", f"resume={run}")
     assert not marker.exists()
+
+
+def _own(folder: Path, name: str, text: str) -> Path:
+    """A folder of configurations with one experiment."""
+    (folder / "experiment").mkdir(parents=True, exist_ok=True)
+    (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    return folder
+
+
+HYDRA = {
+    "job_logging": "job_logging:\n    version: 1\n    handlers: {x: {class: logging.FileHandler, filename: MARK}}\n",
+    "job_logging.filters": "job_logging:\n    filters: {x: {'()': os.system, command: 'touch MARK'}}\n",
+    "hydra_logging": "hydra_logging:\n    handlers: {x: {'()': os.system, command: 'touch MARK'}}\n",
+    "job.env_set": "job:\n    env_set: {LD_PRELOAD: MARK}\n",
+    "job.env_copy": "job:\n    env_copy: [SECRET]\n",
+    "job.chdir": "job:\n    chdir: true\n",
+    "callbacks": "callbacks: {x: {_target_: os.system, command: 'touch MARK'}}\n",
+    "run.dir": "run:\n    dir: MARK\n",
+    "sweep.dir": "sweep:\n    dir: MARK/${oc.env:SECRET}\n",
+    "sweep.subdir": "sweep:\n    subdir: ${oc.env:SECRET}\n",
+    "output_subdir": "output_subdir: MARK\n",
+    "verbose": "verbose: true\n",
+    "help": "help: {template: x}\n",
+    "launcher": "launcher: {_target_: os.system, command: 'touch MARK'}\n",
+    "sweeper": "sweeper: {_target_: subprocess.run, args: [touch, MARK]}\n",
+    "sweeper.params": "sweeper: {params: {seed: '${oc.env:SECRET}'}}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "jobs"),
+    [
+        *((part, "-m experiment=nat_mini,evil") for part in HYDRA),
+        ("callbacks", "-m experiment=evil seed=1,2"),
+        ("job_logging", "experiment=evil seed=1"),
+    ],
+)
+def test_only_the_package_speaks_to_hydra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str, jobs: str
+) -> None:
+    """What a user's file says in the section `hydra` is refused before Hydra acts on it, in every job."""
+    mark = tmp_path / "mark"
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zoo.train.app._train_one", lambda *args: pytest.fail("it trains"))
+    text = HYDRA[part].replace("MARK", str(mark))
+    folder = _own(tmp_path / "own", "evil", f"hydra:\n  {text}")
+    line = fails(capsys, "train", f"-cd={folder}", *jobs.split(), f"run_root={tmp_path / 'runs'}")
+    assert f"hydra.{part.split('.')[0]}" in line
+    assert "hunter2" not in line
+    assert [p.name for p in tmp_path.iterdir()] == ["own"]
+    assert "LD_PRELOAD" not in os.environ
+
+
+def test_a_file_cannot_add_a_search_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _own(tmp_path / "own", "evil", "hydra:\n  searchpath: [file:///tmp]\n")
+    for jobs in (["seed=1"], ["-m", "seed=1,2"]):
+        line = fails(capsys, "train", f"-cd={folder}", "experiment=evil", *jobs, f"run_root={tmp_path / 'runs'}")
+        assert "searchpath" in line
+
+
+RESOLVERS = [
+    "${oc.env:SECRET}",
+    "x${oc.env:SECRET,y}",
+    "${oc.decode:${oc.env:SECRET}}",
+    "${oc.select:${oc.env:SECRET}}",
+    "${oc.create:{name:a}}",
+    "${oc.dict.keys:optim}",
+    "${oc.deprecated:seed}",
+    "${now:%Y}",
+    "${hydra:runtime.cwd}",
+    "${${loss.name}:SECRET}",
+    "\\${oc.env:SECRET}",
+    "${mine:SECRET}",
+]
+
+
+@pytest.mark.parametrize("text", RESOLVERS)
+def test_no_resolver_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Not from a user's files, the command line, or the configuration of a run of someone else's."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setattr("zoo.train.app._train_one", lambda *args: pytest.fail("it trains"))
+    OmegaConf.register_new_resolver("mine", lambda name: os.environ[name], replace=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    cases = []
+    for section, key in (("logger.wandb", "name"), ("data", "root"), ("model.kwargs", "x"), ("optim", "name")):
+        head = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(section.split(".")))
+        body = f"{head}{'  ' * len(section.split('.'))}{key}: '{text}'\n"
+        name = section.replace(".", "_")
+        folder = _own(tmp_path / "own", name, body)
+        cases.append([f"-cd={folder}", f"experiment={name}"])
+        cases.append([f"-cd={folder}", f"experiment={name}", "-m", "seed=1,2"])
+        cases.append([f"-cd={folder}", f"experiment=nat_mini,{name}", "-m"])
+        cases.append([f"{section}.{key}='{text}'"])
+    (run / "config.yaml").write_text(
+        f"model: {{name: nat_mini}}\nrun_root: '{text}'\nlogger: {{wandb: {{name: '{text}'}}}}"
+    )
+    cases.append([f"resume={run}"])
+    for argv in cases:
+        line = fails(capsys, "train", *argv, f"run_root={tmp_path / 'runs'}")
+        assert "hunter2" not in line, argv
+    (run / "config.yaml").write_text(f"model: {{name: nat_mini}}\ndata: {{name: digits, root: '{text}'}}")
+    assert "hunter2" not in fails(capsys, "eval", f"run={run}")
+    assert cli(["export", f"run={run}", f"out={tmp_path / 'out'}"]) == 2
+    assert "hunter2" not in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "run"]
+
+
+def test_no_resolver_in_a_defaults_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    folder = _own(tmp_path / "own", "evil", "defaults:\n  - override /model: ${oc.env:SECRET}\n")
+    for more in ([], ["-m", "seed=1,2"]):
+        line = fails(capsys, "train", f"-cd={folder}", "experiment=evil", *more, f"run_root={tmp_path / 'runs'}")
+        assert "hunter2" not in line
+        assert "oc.env" in line
+
+
+def test_what_a_sweep_may_say_to_hydra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line chooses the folder of a sweep; a value may refer to another."""
+    folder = _own(tmp_path / "own", "mine", "val_batch_size: ${batch_size}\n")
+    argv = ["-m", "seed=1,2", "max_steps=1", "experiment=mine", f"-cd={folder}", *training.TINY]
+    assert main("train", [*argv, f"hydra.sweep.dir={tmp_path / 'sweep'}"]) == 0
+    runs = sorted((tmp_path / "sweep").glob("*/config.yaml"))
+    assert [OmegaConf.load(path).val_batch_size for path in runs] == [128, 128]
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"])
+def test_a_model_reads_no_file_by_the_way(capsys: pytest.CaptureFixture[str], key: str) -> None:
+    assert "use model.pretrained=FILE" in fails(capsys, "train", f"model.kwargs.{key}=x")
 
 
 def _class_folders(root: Path, splits: dict[str, tuple[str, ...]], images: int = 3) -> Path:
@@ -393,6 +547,27 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert "'epohs'" in fails(capsys, "train", "--multirun", "epohs=1,2", f"run_root={tmp_path}")
     assert "nat_mini" in fails(capsys, "train", "--multirun", "model=nat_mini,nat_minni", f"run_root={tmp_path}")
+
+
+def test_a_sweep_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", ["-m", "--cfg", "job", "seed=1,2", "model=nat_mini,van_b0", "epochs=3"]) == 0
+    shown = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [(c["seed"], c["model"]["name"]) for c in shown] == [
+        (1, "nat_mini"), (1, "van_b0"), (2, "nat_mini"), (2, "van_b0"),
+    ]  # fmt: skip
+    assert {c["epochs"] for c in shown} == {3}
+    assert main("train", ["-m", "--cfg", "job", "epochs=3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["epochs"] == 3
+
+
+def test_help_lists_what_train_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines if re.match(r"  (model|data|experiment|optim) ", line))
+    for group, names in listed.items():
+        for name in names.split(", "):
+            if (group, name) not in (("model", "default"), ("data", "timm")):
+                from_container(compose_config(TRAIN, [f"{group}={name}"]), TRAIN)
 
 
 def test_nothing_is_left_beside_the_run(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """`zoo export`: a run's weights come back through timm, bit for bit."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -9,7 +11,7 @@ import torch
 
 from zoo.cli import main
 from zoo.train.export import FORMATS
-from zoo.train.runs import load_run, select_weights
+from zoo.train.runs import load_run, save_checkpoint, select_weights
 
 SMALL = ["model.kwargs.depths=[1,1]", "model.kwargs.num_heads=[2,4]"]
 ARGUMENTS = ["dry_run=true", "batch_size=16", "ema.enabled=true", *SMALL]
@@ -61,19 +63,151 @@ def test_configuration_describes_these_weights(run: Path, tmp_path: Path) -> Non
 
 
 def test_overwrite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier export is replaced; nothing that is none, or that holds more, is."""
     out = tmp_path / "exported"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
     assert main(["export", f"run={run}", f"out={out}"]) == 2
     assert "overwrite=true" in capsys.readouterr().err
-    assert (out / "mine.txt").exists()
-    assert main(["export", f"run={run}", f"out={out}", "overwrite=true"]) == 0
-    assert not (out / "mine.txt").exists()
+    assert main(["export", f"run={run}", f"out={out}", "overwrite=true"]) == 2
+    assert "no earlier export" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "keep me"
+    (out / "mine.txt").unlink()
+    assert main(["export", f"run={run}", f"out={out}", "weights=raw"]) == 0
+    raw = (out / "model.safetensors").read_bytes()
+    assert main(["export", f"run={run}", f"out={out}", "weights=ema", "overwrite=true"]) == 0
+    assert json.loads((out / "config.json").read_text())["exported_by"].startswith("attention-zoo ")
+    again = tmp_path / "again"
+    assert main(["export", f"run={run}", f"out={again}", "weights=raw"]) == 0
+    assert (again / "model.safetensors").read_bytes() == raw
+    for name in ("mine.txt", "sub"):
+        (out / name).mkdir() if name == "sub" else (out / name).write_text("keep me")
+        capsys.readouterr()
+        assert main(["export", f"run={run}", f"out={out}", "overwrite=true"]) == 2
+        assert f"such as {name}" in capsys.readouterr().err
+        (out / name).rmdir() if name == "sub" else (out / name).unlink()
+    (out / "README.md").unlink()
+    (out / "README.md").symlink_to(run / "config.yaml")
+    assert main(["export", f"run={run}", f"out={out}", "overwrite=true"]) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"exported", "again"}
+
+
+def test_what_is_never_overwritten(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "parent" / "runs" / "run"
+    shutil.copytree(run, copy)
+    export = tmp_path / "export"
+    assert main(["export", f"run={run}", f"out={export}"]) == 0
+    (tmp_path / "home" / "me").mkdir(parents=True)
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    (tmp_path / "link").symlink_to(export)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").write_text("keep me")
+    for folder in (copy, copy.parent, Path.cwd(), Path.home()):  # even where they look like an export
+        (folder / "config.json").write_text((export / "config.json").read_text())
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    outs = ["/", ".", "..", "../deep", "~", "~/..", copy, copy.parent, copy.parent.parent, copy / "checkpoints"]
+    outs += [tmp_path / name for name in ("link", "dangling", "file")]
+    for out in outs:
+        for more in ([], ["overwrite=true"]):
+            capsys.readouterr()
+            assert main(["export", f"run={copy}", f"out={out}", *more]) == 2, out
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("zoo: out=")
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def _damage(copy: Path, name: str, content: bytes | None) -> None:
+    file = copy / name
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "summary.json",
+        "checkpoints/last.pt",
+        "checkpoints/last.manifest.json",
+        "metrics.csv",
+        "checkpoints",
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"", b"[", b"{}", b"[1]", b"null", b'"x"', b"\xff\xfe\x00", b"model: 1\n"])
+def test_any_damage_is_one_line_or_none_of_the_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
+) -> None:
+    copy, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, copy)
+    if name == "checkpoints":
+        shutil.rmtree(copy / name)
+    if name != "checkpoints" or content is not None:
+        _damage(copy, name, content)
+    code = main(["export", f"run={copy}", f"out={out}"])
+    err = capsys.readouterr().err
+    if name in ("summary.json", "metrics.csv"):  # which an export does not need
+        assert code == 0
+        return
+    assert code == 2
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_classes": "ten"},
+        {"num_classes": None},
+        {"state_dict": None},
+        {"state_dict": [1]},
+        {"state_dict": {"a": 1}},
+        {"state_dict_ema": "x"},
+        {"label_names": 3},
+        {"history": "none"},
+        {"history": [3]},
+        {"step": "x", "epoch": None},
+        {"config": None},
+    ],
+)
+def test_a_checkpoint_of_odd_types(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    copy, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, copy)
+    state = {**load_run(run).checkpoint("last")[1], **change}
+    save_checkpoint(copy / "checkpoints" / "last.pt", state)
+    code = main(["export", f"run={copy}", f"out={out}"])
+    err = capsys.readouterr().err
+    assert code in (0, 2)
+    assert err.count("\n") == (1 if code else 0)
+    assert out.exists() == (code == 0)
+
+
+def test_the_card_says_what_was_measured(run: Path, tmp_path: Path) -> None:
+    """The figure is that of the exported weights in the verified checkpoint, whatever summary.json says."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    state = load_run(run).checkpoint("last")[1]
+    row = {"epoch": 1, "step": state["step"], "top1": 12.5, "ema_top1": 34.25, "held_out": 359}
+    save_checkpoint(copy / "checkpoints" / "last.pt", {**state, "history": [row]})
+    (copy / "summary.json").write_text('{"top1": 99.99, "weights": "ema"}')
+    for weights, expected in (("raw", "12.50 %"), ("ema", "34.25 %")):
+        assert main(["export", f"run={copy}", f"out={tmp_path / weights}", f"weights={weights}"]) == 0
+        card = (tmp_path / weights / "README.md").read_text()
+        assert f"| top-1 | {expected} on 359 held-out images |" in card
+        assert "99.99" not in card
+    save_checkpoint(copy / "checkpoints" / "last.pt", {**state, "history": [], "step": 5})
+    assert main(["export", f"run={copy}", f"out={tmp_path / 'none'}"]) == 0
+    assert "| top-1 | not measured |" in (tmp_path / "none" / "README.md").read_text()
 
 
 def test_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     file = copy / "checkpoints" / "last.pt"

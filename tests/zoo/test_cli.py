@@ -83,3 +83,19 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "neighborhood_attention" in out
     assert "torch" in out
+
+
+@pytest.mark.parametrize("name", ["nat_tiny.foo", "nat_tiny.", "nat_tiny.in1k.x"])
+def test_info_of_an_unknown_tag(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(["info", name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "unknown tag" in line
+    assert "nat_tiny.in1k" in line
+    assert main(["info", "nat_tiny.in1k"]) == 0
+
+
+@pytest.mark.parametrize("argv", [["info"], ["info", "a", "b"], ["list", "--nope"], ["doctor", "x"]])
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"`zoo {argv[0]} --help` says more" in line
