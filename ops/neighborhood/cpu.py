@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -284,7 +284,7 @@ def neighborhood_attention_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as reference.py defines them."""
-    options = kernel_size, dilation, stride, is_causal, scale
+    options: Any = kernel_size, dilation, stride, is_causal, scale
     out, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
     _forward(q, k, v, bias, out, lse, *options, single=False)
     if not is_finite(out):
@@ -353,7 +353,7 @@ def neighborhood_attention_backward_cpu(
         wrong = _not_finite(*grads)
         dbias = torch.zeros_like(dbias)
         for images, single in ((~wrong, False), (wrong, True)):
-            some = [torch.empty_like(x[images]) for x in grads]
+            some: Any = [torch.empty_like(x[images]) for x in grads]
             dbias += _backward(grad[images], q[images], k[images], v[images], bias, *some, *options, single=single)
             for x, part in zip(grads, some, strict=True):
                 x[images] = part
