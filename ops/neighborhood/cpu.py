@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -284,7 +284,7 @@ def neighborhood_attention_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as reference.py defines them."""
-    options: Any = kernel_size, dilation, stride, is_causal, scale
+    options = kernel_size, dilation, stride, is_causal, scale
     out, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
     _forward(q, k, v, bias, out, lse, *options, single=False)
     if not is_finite(out):
@@ -346,15 +346,16 @@ def neighborhood_attention_backward_cpu(
     scale: float,
 ) -> Tensor:
     """Write the gradients of q, k, v to dq, dk, dv (of any strides); the bias's (empty without one) is returned."""
-    options = kernel_size, dilation, stride, is_causal, scale
     grads = (dq, dk, dv)
-    dbias = _backward(grad, q, k, v, bias, *grads, *options, single=False)
+    sizes = kernel_size, dilation, stride, is_causal
+    dbias = _backward(grad, q, k, v, bias, dq, dk, dv, *sizes, scale, single=False)
     if not is_finite(*grads):
         wrong = _not_finite(*grads)
         dbias = torch.zeros_like(dbias)
         for images, single in ((~wrong, False), (wrong, True)):
-            some: Any = [torch.empty_like(x[images]) for x in grads]
-            dbias += _backward(grad[images], q[images], k[images], v[images], bias, *some, *options, single=single)
+            some = [torch.empty_like(x[images]) for x in grads]
+            tensors = (x[images] for x in (grad, q, k, v))
+            dbias += _backward(*tensors, bias, *some, *sizes, scale, single=single)  # type: ignore[misc, call-arg, arg-type]
             for x, part in zip(grads, some, strict=True):
                 x[images] = part
     return dbias.to(q.dtype if bias is None else bias.dtype)
