@@ -183,7 +183,8 @@ def _backward(
         from .kernels import neighborhood_attention_backward_triton
 
         return neighborhood_attention_backward_triton(grad, q, k, v, bias, out, lse, *sizes, scale, into=into)[3]
-    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, *sizes, scale)
+    dq, dk, dv = into
+    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, dq, dk, dv, *sizes, scale)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from zoo.ops._checks import (
     check_layout,
     check_table,
     compute_dtype,
-    per_axis,
+    pair,
     require,
     resolve_scale,
     unpack,
@@ -100,8 +100,8 @@ def window_attention_qkvpacked(
     return torch.ops.zoo.window_attention_qkvpacked(qkv, bias, *sizes, grid, factor, path)[0]
 
 
-def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, ...]:
-    return *per_axis(op, "window_size", window_size), *per_axis(op, "shift", shift, least=0)
+def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, int, int, int]:
+    return *pair(op, "window_size", window_size), *pair(op, "shift", shift, least=0)
 
 
 def _check(
@@ -142,7 +142,7 @@ def _backward(
         from .kernels import window_attention_backward_triton
 
         return window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
-    return cpu.backward(grad, q, k, v, bias, out, lse, *options)
+    return cpu.backward(grad, q, k, v, bias, *options)
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
