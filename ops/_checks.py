@@ -19,6 +19,7 @@ __all__ = [
     "check_table",
     "compute_dtype",
     "is_finite",
+    "pair",
     "per_axis",
     "require",
     "resolve_scale",
@@ -56,6 +57,12 @@ def per_axis(op: str, name: str, value: int | Sequence[int], axes: int = 2, leas
     fits = len(values) == axes and all(isinstance(x, int) and not isinstance(x, bool) and x >= least for x in values)
     require(fits, op, "{} must be an int of at least {} or {} of them, got {!r}", name, least, axes, value)
     return values
+
+
+def pair(op: str, name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
+    """`per_axis` of height and width."""
+    height, width = per_axis(op, name, value, 2, least)
+    return height, width
 
 
 def check_layout(op: str, name: str, x: Tensor, *layouts: str) -> None:

@@ -193,11 +193,12 @@ def register_qkv(name: str, forward: Function, backward: Function, fake: Functio
         dqkv = empty(qkv)
         return with_bias(qkv, (dqkv,), backward(grad, *qkv.unbind(-3), *rest, into=dqkv.unbind(-3)))
 
-    for function, source, count in (
+    derived: tuple[tuple[Function, Function, int], ...] = (
         (backward_apart, backward, 3 + has_bias),
         (forward_packed, forward, 0),
         (backward_packed, backward, 1 + has_bias),
-    ):
+    )
+    for function, source, count in derived:
         signature = inspect.signature(source)
         parameters = [p for p in signature.parameters.values() if p.name != "into"]
         if function is not backward_apart:
@@ -206,7 +207,7 @@ def register_qkv(name: str, forward: Function, backward: Function, fake: Functio
         returns = signature.return_annotation
         if count:
             returns = tuple[(Tensor,) * count] if count > 1 else Tensor  # type: ignore[misc]
-        function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[union-attr]
+        function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
 
     def fake_packed(qkv: Tensor, *rest: Any) -> Any:
         return fake(*qkv.unbind(-3), *rest)
@@ -318,15 +319,10 @@ def _fold(x: Tensor, mapped: int | None, size: int, axis: int) -> Tensor:
 
 
 def _loop(op: Any, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
-    made = [
-        op(
-            *(
-                x.select(d, i) if isinstance(x, Tensor) and d is not None else x
-                for x, d in zip(args, in_dims, strict=True)
-            )
-        )
-        for i in range(size)
-    ]
+    def pick(x: Any, mapped: int | None, i: int) -> Any:
+        return x.select(mapped, i) if isinstance(x, Tensor) and mapped is not None else x
+
+    made = [op(*(pick(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(size)]
     if isinstance(made[0], Tensor):
         return torch.stack(made), 0
     return tuple(torch.stack(x) for x in zip(*made, strict=True)), (0,) * len(made[0])

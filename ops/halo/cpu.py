@@ -72,8 +72,6 @@ def halo_attention_backward_cpu(
     v: Tensor,
     rel_height: Tensor | None,
     rel_width: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     block_size: int,
     halo_size: int,
     stride: int,

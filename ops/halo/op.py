@@ -131,11 +131,11 @@ def _backward(
     out: Tensor, lse: Tensor,
     block_size: int, halo_size: int, stride: int, mask_border: bool, scale: Number, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    tensors = (grad, q, k, v, rel_height, rel_width, out, lse)
+    tensors = (grad, q, k, v, rel_height, rel_width)
     if runs_triton(_NAME, backend, q):
         from .kernels import halo_attention_backward_triton
 
-        return halo_attention_backward_triton(*tensors, block_size, halo_size, stride, mask_border, scale)
+        return halo_attention_backward_triton(*tensors, out, lse, block_size, halo_size, stride, mask_border, scale)
     return halo_attention_backward_cpu(*tensors, block_size, halo_size, stride, mask_border, scale)
 
 

@@ -112,6 +112,7 @@ def _backward(
     conv1_weight: Tensor, conv1_bias: Tensor | None,
     spatial: Tensor, dilation: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads: Any
     arguments = (
         grad, x, conv0_weight, conv0_bias, conv_spatial_weight, conv_spatial_bias, conv1_weight, conv1_bias, spatial,
         dilation,
@@ -120,8 +121,11 @@ def _backward(
         from .kernels import large_kernel_attention_backward_triton
 
         dx = _empty(x)
-        return dx, *large_kernel_attention_backward_triton(*arguments, dx=dx)  # type: ignore[return-value]
-    return large_kernel_attention_backward_cpu(*arguments)  # type: ignore[return-value]
+        grads = dx, *large_kernel_attention_backward_triton(*arguments, dx=dx)
+    else:
+        grads = large_kernel_attention_backward_cpu(*arguments)
+    x_grad, conv0, bias0, spatial_grad, bias_spatial, conv1, bias1 = grads
+    return x_grad, conv0, bias0, spatial_grad, bias_spatial, conv1, bias1
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -346,27 +346,26 @@ def neighborhood_attention_backward_cpu(
     scale: float,
 ) -> Tensor:
     """Write the gradients of q, k, v to dq, dk, dv (of any strides); the bias's (empty without one) is returned."""
+    options = kernel_size, dilation, stride, is_causal, scale
     grads = (dq, dk, dv)
-    sizes = kernel_size, dilation, stride, is_causal
-    dbias = _backward(grad, q, k, v, bias, dq, dk, dv, *sizes, scale, single=False)
+    dbias = _backward(grad, q, k, v, bias, grads, *options, single=False)
     if not is_finite(*grads):
         wrong = _not_finite(*grads)
         dbias = torch.zeros_like(dbias)
         for images, single in ((~wrong, False), (wrong, True)):
-            some = [torch.empty_like(x[images]) for x in grads]
-            tensors = (x[images] for x in (grad, q, k, v))
-            dbias += _backward(*tensors, bias, *some, *sizes, scale, single=single)  # type: ignore[misc, call-arg, arg-type]
+            some = (torch.empty_like(dq[images]), torch.empty_like(dk[images]), torch.empty_like(dv[images]))
+            dbias += _backward(grad[images], q[images], k[images], v[images], bias, some, *options, single=single)
             for x, part in zip(grads, some, strict=True):
                 x[images] = part
     return dbias.to(q.dtype if bias is None else bias.dtype)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grads: tuple[Tensor, Tensor, Tensor],
     kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[bool],
     scale: float, single: bool,
 ) -> Tensor:  # fmt: skip
-    dtype = compute_dtype(q)
+    dtype, (dq, dk, dv) = compute_dtype(q), grads
     dbias = q.new_zeros((0,) if bias is None else bias.shape, dtype=dtype)
     if q.numel():
         # keys are summed over the tiles that see them

@@ -178,13 +178,13 @@ def _backward(
     kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int], scale: Number, backend: str,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor | None:  # fmt: skip
-    causal = [bool(c) for c in is_causal]
-    sizes = kernel_size, dilation, stride, causal
+    sizes = kernel_size, dilation, stride, [bool(c) for c in is_causal]
     if runs_triton(_NAME, backend, q):
         from .kernels import neighborhood_attention_backward_triton
 
         return neighborhood_attention_backward_triton(grad, q, k, v, bias, out, lse, *sizes, scale, into=into)[3]
-    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, *into, kernel_size, dilation, stride, causal, scale)
+    dq, dk, dv = into
+    return neighborhood_attention_backward_cpu(grad, q, k, v, bias, dq, dk, dv, *sizes, scale)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ The aten kernels are called directly because the public SDPA does not return the
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +49,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, region: Pair, scale:
     out = q.new_empty((*q.shape[:4], v.shape[4]))
     lse = q.new_empty(q.shape[:4], dtype=compute_dtype(q))
     for i in _image_groups(q):
-        arguments: Any = (out[i], lse[i], index[i], region, scale, *_for_flash(q[i], k[i], v[i]))
+        tensors = _for_flash(q[i], k[i], v[i])
         if dense:
-            _dense(*arguments)
+            _dense(out[i], lse[i], index[i], region, scale, *tensors)
         if not dense or not is_finite(out[i]):  # a mask hides no NaN: it would reach queries that do not see it
-            _gathered(*arguments)
+            _gathered(out[i], lse[i], index[i], region, scale, *tensors)
     return out, lse
 
 
@@ -64,11 +63,11 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, regio
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for i in _image_groups(q):
         dq, dk, dv = (g[i] for g in grads)
-        arguments: Any = (dq, dk, dv, index[i], region, scale, *_for_flash(grad[i], q[i], k[i], v[i]))
+        tensors = _for_flash(grad[i], q[i], k[i], v[i])
         if dense:
-            _dense_backward(*arguments)
+            _dense_backward(dq, dk, dv, index[i], region, scale, *tensors)
         if not dense or not is_finite(dq, dk, dv):
-            _gathered_backward(*arguments)
+            _gathered_backward(dq, dk, dv, index[i], region, scale, *tensors)
     return grads
 
 

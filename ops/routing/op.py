@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
-from zoo.ops._checks import check_agreement, check_layout, compute_dtype, per_axis, require, resolve_scale
+from zoo.ops._checks import check_agreement, check_layout, compute_dtype, pair, require, resolve_scale
 from zoo.ops._register import pair_flops, register_op, register_pair
 
 from . import cpu, reference
@@ -122,7 +122,7 @@ def _index(q: Tensor, k: Tensor, region: Pair, topk: int, backend: str) -> Tenso
 def _region(op: str, q: Tensor, regions: int | tuple[int, int], padding: str) -> Pair:
     """The size of a region."""
     check_layout(op, "q", q, "[B, H, W, heads, dim]")
-    rows, cols = per_axis(op, "regions", regions)
+    rows, cols = pair(op, "regions", regions)
     height, width = q.shape[1:3]
     require(padding in ("none", "zero"), op, "padding must be 'none' or 'zero', got {!r}", padding)
     if padding == "none":

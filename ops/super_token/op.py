@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
-from zoo.ops._checks import check_agreement, check_layout, compute_dtype, per_axis, require, resolve_scale
+from zoo.ops._checks import check_agreement, check_layout, compute_dtype, pair, require, resolve_scale
 from zoo.ops._register import register_pair
 
 from . import cpu, reference
@@ -53,7 +53,7 @@ def super_token_sampling(
     Source: Huang et al., "Vision Transformer with Super Token Sampling", arXiv:2211.11167, section 3.2;
         models/stvit.py of hhb072/STViT.
     """
-    th, tw = per_axis(_SAMPLING, "token_size", token_size)
+    th, tw = pair(_SAMPLING, "token_size", token_size)
     _check_sampling(_SAMPLING, x, th, tw, n_iter)
     scale = resolve_scale(scale, x.shape[-1])
     path = resolve_backend(_SAMPLING, backend, x, without_triton(x))
@@ -84,7 +84,7 @@ def super_token_mapping(
 
     Source: arXiv:2211.11167, section 3.2 (token upsampling); models/stvit.py of hhb072/STViT.
     """
-    th, tw = per_axis(_MAPPING, "token_size", token_size)
+    th, tw = pair(_MAPPING, "token_size", token_size)
     _check_mapping(_MAPPING, tokens, affinity, th, tw)
     path = resolve_backend(_MAPPING, backend, tokens, without_triton(tokens))
     if path == "reference":
@@ -131,8 +131,7 @@ def super_token_attention(
     Source: arXiv:2211.11167, equations 3 to 9; class StokenAttention in models/stvit.py of hhb072/STViT.
     """
     op = "super_token_attention"
-    height, width = per_axis(op, "token_size", token_size)
-    size = (height, width)
+    size = pair(op, "token_size", token_size)
     check_layout(op, "x", x, _MAP)
     C = x.shape[-1]
     if qkv_weight is not None:
@@ -164,14 +163,14 @@ def _reference_mapping(tokens: Tensor, affinity: Tensor, th: int, tw: int) -> Te
 
 def _check_sampling(op: str, x: Tensor, token_height: int, token_width: int, n_iter: int, *_: Any) -> None:
     check_layout(op, "x", x, _MAP)
-    per_axis(op, "token_size", (token_height, token_width))
+    pair(op, "token_size", (token_height, token_width))
     require(n_iter >= 1, op, "n_iter must be at least 1, got {}", n_iter)
 
 
 def _check_mapping(op: str, tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, *_: Any) -> None:
     check_layout(op, "tokens", tokens, _MAP)
     check_layout(op, "affinity", affinity, "[B, H, W, 9]")
-    per_axis(op, "token_size", (token_height, token_width))
+    pair(op, "token_size", (token_height, token_width))
     require(affinity.shape[-1] == 9, op, "affinity must be [B, H, W, 9], got {}", affinity.shape)
     batch, height, width, _nine = affinity.shape
     expected = (batch, (height + token_height - 1) // token_height, (width + token_width - 1) // token_width)

@@ -133,8 +133,6 @@ def backward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     window: tuple[int, int],
     shift: tuple[int, int],
     grid: bool,
@@ -145,12 +143,13 @@ def backward(
     _, height, width, heads, _ = q.shape
     if not q.numel():
         return None if bias is None else torch.zeros_like(bias)
-    table = None if bias is None else bias.to(lse.dtype).flatten(1)
+    dtype = compute_dtype(q)
+    table = None if bias is None else bias.to(dtype).flatten(1)
     dtable = None if table is None else torch.zeros_like(table, memory_format=torch.contiguous_format)
     for tiles in tilings(height, width, window, shift, grid):
         index = tiles.bias_index(window, q.device)
         pairs = None if table is None else table.index_select(1, index)
-        dpairs = _backward_tiles(tiles, (q, k, v, grad), lse.dtype, pairs, scale, into)
+        dpairs = _backward_tiles(tiles, (q, k, v, grad), dtype, pairs, scale, into)
         if dtable is not None and dpairs is not None:
             dtable.scatter_add_(1, index.expand(heads, -1), dpairs)
     return None if bias is None or dtable is None else dtable.view(bias.shape).to(bias.dtype)

@@ -13,7 +13,7 @@ from zoo.ops._checks import (
     check_layout,
     check_table,
     compute_dtype,
-    per_axis,
+    pair,
     require,
     resolve_scale,
     unpack,
@@ -101,9 +101,7 @@ def window_attention_qkvpacked(
 
 
 def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, int, int, int]:
-    height, width = per_axis(op, "window_size", window_size)
-    down, right = per_axis(op, "shift", shift, least=0)
-    return height, width, down, right
+    return *pair(op, "window_size", window_size), *pair(op, "shift", shift, least=0)
 
 
 def _check(
@@ -144,7 +142,7 @@ def _backward(
         from .kernels import window_attention_backward_triton
 
         return window_attention_backward_triton(grad, q, k, v, bias, out, lse, *options)[3]
-    return cpu.backward(grad, q, k, v, bias, out, lse, *options)
+    return cpu.backward(grad, q, k, v, bias, *options)
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -472,6 +472,17 @@ def test_torchscript() -> None:
     assert torch.equal(torch.jit.script(scripted)(q, k, v, bias), scripted(q, k, v, bias))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_trace() -> None:
+    """TorchScript's tracer takes no list of bools, so the schema has none."""
+    q, k, v, bias, _ = inputs((7, 8), (3, 4))
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return neighborhood_attention(q, k, v, (3, 4), is_causal=(False, True), bias=bias)
+
+    assert torch.equal(torch.jit.trace(function, (q, k, v, bias))(q + 1, k, v, bias), function(q + 1, k, v, bias))
+
+
 def test_meta() -> None:
     q, k, v = (torch.empty(2, 8, 9, 4, 16, device="meta", requires_grad=True) for _ in range(3))
     out = neighborhood_attention(q, k, v, 3)
