@@ -186,7 +186,8 @@ class Trainer:
     def _check_weights(self) -> None:
         """Raise TrainingFailed where an update has left a weight that is no number, before it is saved as good."""
         for ema in (False, True) if self.task.has_ema() else (False,):
-            weights = self.task.get_trainable_module(ema=ema).state_dict()
+            module: Any = self.task.get_trainable_module(ema=ema)
+            weights = module.state_dict()
             sums = [
                 value.detach().abs().max() for value in weights.values() if value.is_floating_point() and value.numel()
             ]
@@ -477,7 +478,7 @@ class Trainer:
 
     def _ema_note(self) -> str | None:
         """A line where the run is too short for the decay of its averaged weights; None where it is not."""
-        average = self.task.get_trainable_module(ema=True) if self.task.has_ema() else None
+        average: Any = self.task.get_trainable_module(ema=True) if self.task.has_ema() else None
         if average is None or self.cfg.dry_run:
             return None
         decay, steps = self.cfg.ema.decay, self.total_steps

@@ -23,7 +23,7 @@ from zoo.errors import UserError
 from zoo.train.config import CheckpointConfig, LoggerConfig
 from zoo.train.loggers import Console, Loggers, write_csv
 from zoo.train.plot import Panel, plot_curves
-from zoo.train.runs import json_text, newest_intact, save_checkpoint, write_atomic, write_config
+from zoo.train.runs import FOLDER_KEYS, json_text, newest_intact, save_checkpoint, write_atomic, write_config
 from zoo.train.state import World
 
 __all__ = ["Figures", "Recorder", "git_revision", "versions"]
@@ -151,7 +151,7 @@ class Recorder:
             UserError: the disk refuses.
         """
         if self.world.is_primary:
-            state = {"config": OmegaConf.to_container(OmegaConf.structured(self.cfg)), **state}
+            state = {"config": self._config(), **state}
             try:
                 for name in names:
                     kept = "previous.pt" if name == "last" else None
@@ -162,6 +162,11 @@ class Recorder:
                 ) from error
         if "last" in names:
             self.saved_at = time.monotonic()
+
+    def _config(self) -> dict[str, Any]:
+        """What the run is trained with, wherever its folder is."""
+        config: Any = OmegaConf.to_container(OmegaConf.structured(self.cfg))
+        return {key: value for key, value in config.items() if key not in FOLDER_KEYS}
 
     def publish(self, line: str) -> None:
         """Write out the newest row of the history; the terminal gets a line on it."""

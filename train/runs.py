@@ -36,6 +36,7 @@ from zoo.train.stop import Interrupted
 
 __all__ = [
     "CHECKPOINTS",
+    "FOLDER_KEYS",
     "RESUMABLE",
     "CorruptCheckpointError",
     "Run",
@@ -59,7 +60,7 @@ RESUMABLE = (
     "epochs", "max_steps", "device", "debug", "log_every", "eval_every", "val_batch_size", "pictures", "run_root",
     "data.root", "data.num_workers", "data.pin_memory", "data.max_bad", "checkpoint.", "logger.",
 )  # fmt: skip
-_FOLDER_KEYS = ("run_dir", "resume")  # of the start that wrote the file; a run that is taken up again sets them anew
+FOLDER_KEYS = ("run_dir", "resume")  # of the start that wrote the file; a run that is taken up again sets them anew
 _SEAL = "# sha256 of what stands above: "
 _MAX_TEXT = 4 * 2**20  # bytes of a configuration, a manifest or a summary; ours have a few thousand
 
@@ -457,7 +458,7 @@ def changeable(key: str, keys: Sequence[str]) -> bool:
 
 def _compare(file: Path, config: Any, sealed: bool, checkpoint: Path, trained: Mapping[str, Any]) -> None:
     """Raise UserError where config.yaml differs from the checkpoint's configuration, and no resume explains it."""
-    free = (*_FOLDER_KEYS, *RESUMABLE) if sealed else _FOLDER_KEYS
+    free = (*FOLDER_KEYS, *RESUMABLE) if sealed else FOLDER_KEYS
     written = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(dict(trained))))  # as YAML gives the values back
     found = [d for d in _differences(config, written, "") if not changeable(d[0], free)]
     if not found:

@@ -52,7 +52,7 @@ def unbroken_output() -> Iterator[None]:
     """Go on inside the block when nobody reads the output any more: a training is not lost to `| head`."""
     stream = sys.stdout
     guard = _Unbroken(stream)
-    sys.stdout = guard  # type: ignore[assignment]
+    sys.stdout = guard
     try:
         yield
     finally:

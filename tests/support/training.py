@@ -29,6 +29,7 @@ RANDOM = (
     "augment.interpolation=random",
     "ema.enabled=true",
     "ema.decay=0.9",
+    "ema.warmup=false",
 )
 # what depends on the clock or names the folder
 _FREE = ("seconds", "images_per_second", "run_dir")
