@@ -175,7 +175,7 @@ def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job
         if cfg.dry_run:
             _limit(config)
         if world.is_primary:
-            if not cfg.eval or run is None:
+            if run is None:  # that of a resumed run is written when all checks have passed
                 write_config(folder, cfg)
             config.dump(folder / "detector.py")
             if cfg.eval:
