@@ -132,3 +132,17 @@ def test_truncations(tmp_path: Path, options: dict[str, Any]) -> None:
     data = _saved(WEIGHTS, **options)
     for size in range(1, len(data) - 1, 37):
         _refused(tmp_path / "w.pth", data[:size])
+
+
+def test_what_others_allow_stays_allowed(tmp_path: Path) -> None:
+    """torch's block of safe globals takes its names away at its end, also those that were allowed before it."""
+    torch.save({"weight": torch.ones(2)}, tmp_path / "plain.pth")
+    allowed = set(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        before = set(torch.serialization.get_safe_globals())
+        assert read_checkpoint(tmp_path / "plain.pth")["weight"].shape == (2,)
+        assert set(torch.serialization.get_safe_globals()) == before
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(allowed))
