@@ -27,6 +27,7 @@ from zoo.train.images import (
 )
 from zoo.train.labels import class_count
 from zoo.train.loaders import EvalLoader, TrainLoader
+from zoo.train.views import View
 
 __all__ = [
     "Digits",
@@ -112,19 +113,12 @@ class ReaderImages(Dataset[tuple[Image.Image, int]]):
             raise ImageError(error.strerror or str(error), self.name(index)) from error
 
 
-class _Converted(Dataset[tuple[Any, int]]):
+class _Converted(View, Dataset[tuple[Any, int]]):
     """A data set of Pillow's images in any mode, as images of one mode."""
 
     def __init__(self, dataset: Any, mode: str, ranges: PixelRanges) -> None:
-        self.dataset, self.mode, self.ranges = dataset, mode, ranges
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not there yet while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.mode, self.ranges = mode, ranges
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.dataset[index]
@@ -133,19 +127,12 @@ class _Converted(Dataset[tuple[Any, int]]):
         return image, target
 
 
-class _ConvertedStream(IterableDataset[Any]):
+class _ConvertedStream(View, IterableDataset[Any]):
     """The same for a stream; an image that cannot be read comes as its ImageError."""
 
     def __init__(self, dataset: Any, mode: str, ranges: PixelRanges) -> None:
-        self.dataset, self.mode, self.ranges = dataset, mode, ranges
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.mode, self.ranges = mode, ranges
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for image, target in self.dataset:

@@ -11,6 +11,7 @@ from zoo.errors import UserError
 from zoo.train.config import DataConfig
 from zoo.train.folders import FolderReader
 from zoo.train.images import PixelRanges, shown
+from zoo.train.views import View
 
 __all__ = ["check_same_data", "class_count", "data_notes", "describe_data", "label_names", "match_labels"]
 
@@ -37,36 +38,22 @@ def label_names(dataset: Any) -> list[str] | None:
     return [str(name) for name in sorted(found, key=lambda n: found[n])]
 
 
-class _Relabelled(Dataset[tuple[Any, int]]):
+class _Relabelled(View, Dataset[tuple[Any, int]]):
     """A data set whose classes carry the indices of another one."""
 
     def __init__(self, dataset: Any, index: Sequence[int], names: Sequence[str]) -> None:
-        self.dataset, self.index, self.classes = dataset, list(index), list(names)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.index, self.classes = list(index), list(names)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.dataset[index]
         return image, self.index[int(target)]
 
 
-class _RelabelledStream(IterableDataset[Any]):
+class _RelabelledStream(View, IterableDataset[Any]):
     def __init__(self, dataset: Any, index: Sequence[int], names: Sequence[str]) -> None:
-        self.dataset, self.index, self.classes = dataset, list(index), list(names)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.index, self.classes = list(index), list(names)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for image, target in self.dataset:
