@@ -20,7 +20,9 @@ __all__ = [
     "ModelConfig",
     "Schema",
     "TrainConfig",
+    "check_value_range",
     "choose",
+    "require",
     "validate",
 ]
 
@@ -247,9 +249,17 @@ def choose(key: str, value: str, known: Iterable[str]) -> str:
     raise UserError(f"{key}={value!r} is not known; {hint}")
 
 
-def _require(condition: bool, key: str, value: Any, wanted: str) -> None:
+def require(condition: bool, key: str, value: Any, wanted: str) -> None:
+    """Raise UserError, naming the key and the remedy, unless the condition holds."""
     if not condition:
         raise UserError(f"{key}={value} is out of range; give {wanted}")
+
+
+def check_value_range(pair: list[float] | None) -> None:
+    """Raise UserError unless data.value_range is null or rises from black to white."""
+    if pair is not None:
+        ordered = len(pair) == 2 and math.isfinite(pair[0]) and math.isfinite(pair[1]) and pair[0] < pair[1]
+        require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -261,7 +271,7 @@ def _check_model(model: ModelConfig) -> None:
             raise UserError(f"model.kwargs.{key} is not open; use model.pretrained=FILE")
     if not isinstance(model.pretrained, bool | str):
         raise UserError(f"model.pretrained={model.pretrained!r} is no choice; give true, false or a checkpoint's path")
-    _require(
+    require(
         model.in_chans in (1, 3),
         "model.in_chans",
         model.in_chans,
@@ -269,25 +279,22 @@ def _check_model(model: ModelConfig) -> None:
     )
     for key in ("drop_rate", "drop_path_rate"):
         rate = getattr(model, key)
-        _require(rate is None or 0 <= rate < 1, f"model.{key}", rate, "a rate from 0 to below 1")
-    _require(model.num_classes is None or model.num_classes > 1, "model.num_classes", model.num_classes, "at least 2")
+        require(rate is None or 0 <= rate < 1, f"model.{key}", rate, "a rate from 0 to below 1")
+    require(model.num_classes is None or model.num_classes > 1, "model.num_classes", model.num_classes, "at least 2")
 
 
 def _check_data(data: DataConfig) -> None:
-    _require(data.img_size is None or data.img_size > 0, "data.img_size", data.img_size, "a size in pixels")
-    _require(0 <= data.num_workers <= 1024, "data.num_workers", data.num_workers, "0 to 1024 processes")
-    _require(data.num_classes is None or data.num_classes > 1, "data.num_classes", data.num_classes, "at least 2")
-    _require(data.max_bad >= 0, "data.max_bad", data.max_bad, "a share below 1, or a number of images")
+    require(data.img_size is None or data.img_size > 0, "data.img_size", data.img_size, "a size in pixels")
+    require(0 <= data.num_workers <= 1024, "data.num_workers", data.num_workers, "0 to 1024 processes")
+    require(data.num_classes is None or data.num_classes > 1, "data.num_classes", data.num_classes, "at least 2")
+    require(data.max_bad >= 0, "data.max_bad", data.max_bad, "a share below 1, or a number of images")
     for key, low, wanted in (("mean", 0.0, "values from 0 to 1"), ("std", 1e-6, "values above 0 up to 1")):
         values = getattr(data, key)
         if values is not None:
-            _require(len(values) > 0, f"data.{key}", values, "one value per channel, or null")
-            _require(all(low <= v <= 1 for v in values), f"data.{key}", values, f"{wanted}: pixels go from 0 to 1")
-    if data.value_range is not None:
-        pair = data.value_range
-        ordered = len(pair) == 2 and math.isfinite(pair[0]) and math.isfinite(pair[1]) and pair[0] < pair[1]
-        _require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
-    _require(data.crop_pct is None or 0 < data.crop_pct <= 1.5, "data.crop_pct", data.crop_pct, "a share such as 0.875")
+            require(len(values) > 0, f"data.{key}", values, "one value per channel, or null")
+            require(all(low <= v <= 1 for v in values), f"data.{key}", values, f"{wanted}: pixels go from 0 to 1")
+    check_value_range(data.value_range)
+    require(data.crop_pct is None or 0 < data.crop_pct <= 1.5, "data.crop_pct", data.crop_pct, "a share such as 0.875")
     if data.interpolation is not None:
         choose("data.interpolation", data.interpolation, INTERPOLATIONS)
 
@@ -296,23 +303,23 @@ def _check_augment(cfg: TrainConfig) -> None:
     augment = cfg.augment
     for key in ("hflip", "vflip", "random_erasing", "mix_prob", "mix_switch_prob"):
         value = getattr(augment, key)
-        _require(0 <= value <= 1, f"augment.{key}", value, "a probability from 0 to 1")
+        require(0 <= value <= 1, f"augment.{key}", value, "a probability from 0 to 1")
     for key in ("mixup", "cutmix"):
-        _require(0 <= getattr(augment, key) < math.inf, f"augment.{key}", getattr(augment, key), "0 (off) or an alpha")
+        require(0 <= getattr(augment, key) < math.inf, f"augment.{key}", getattr(augment, key), "0 (off) or an alpha")
     jitter = augment.color_jitter
-    _require(
+    require(
         jitter is None or 0 <= jitter < math.inf, "augment.color_jitter", jitter, "a strength of 0 or more, or null"
     )
     for key in ("scale", "ratio"):
         pair = getattr(augment, key)
-        _require(
+        require(
             len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf,
             f"augment.{key}",
             pair,
             "[low,high] with 0 < low <= high",
         )
-    _require(augment.repeats >= 1, "augment.repeats", augment.repeats, "at least 1")
-    _require(augment.erase_count >= 1, "augment.erase_count", augment.erase_count, "at least 1")
+    require(augment.repeats >= 1, "augment.repeats", augment.repeats, "at least 1")
+    require(augment.erase_count >= 1, "augment.erase_count", augment.erase_count, "at least 1")
     choose("augment.erase_mode", augment.erase_mode, ERASE_MODES)
     choose("augment.mix_mode", augment.mix_mode, MIX_MODES)
     if augment.interpolation is not None:
@@ -331,8 +338,8 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
     """
     _check_model(cfg.model)
     _check_data(cfg.data)
-    _require(0 < cfg.batch_size <= _MAX_BATCH, "batch_size", cfg.batch_size, f"1 to {_MAX_BATCH}")
-    _require(cfg.threads is None or 0 < cfg.threads <= _MAX_THREADS, "threads", cfg.threads, f"1 to {_MAX_THREADS}")
+    require(0 < cfg.batch_size <= _MAX_BATCH, "batch_size", cfg.batch_size, f"1 to {_MAX_BATCH}")
+    require(cfg.threads is None or 0 < cfg.threads <= _MAX_THREADS, "threads", cfg.threads, f"1 to {_MAX_THREADS}")
     choose("amp", cfg.amp, AMP)
     if not isinstance(cfg, TrainConfig):
         choose("checkpoint", cfg.checkpoint, ("last", "best", "previous"))
@@ -341,36 +348,36 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
     from timm.optim import list_optimizers
 
     for key in ("epochs", "grad_accum", "eval_every", "log_every"):
-        _require(getattr(cfg, key) >= 1, key, getattr(cfg, key), "at least 1")
-    _require(cfg.max_steps is None or cfg.max_steps > 0, "max_steps", cfg.max_steps, "at least 1, or null")
+        require(getattr(cfg, key) >= 1, key, getattr(cfg, key), "at least 1")
+    require(cfg.max_steps is None or cfg.max_steps > 0, "max_steps", cfg.max_steps, "at least 1, or null")
     size = cfg.val_batch_size
-    _require(size is None or 0 < size <= _MAX_BATCH, "val_batch_size", size, f"1 to {_MAX_BATCH}, or null")
-    _require(cfg.grad_accum <= _MAX_BATCH, "grad_accum", cfg.grad_accum, f"1 to {_MAX_BATCH}")
-    _require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "a whole number from 0 to below 2**31")
+    require(size is None or 0 < size <= _MAX_BATCH, "val_batch_size", size, f"1 to {_MAX_BATCH}, or null")
+    require(cfg.grad_accum <= _MAX_BATCH, "grad_accum", cfg.grad_accum, f"1 to {_MAX_BATCH}")
+    require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "a whole number from 0 to below 2**31")
     choose("optim.name", cfg.optim.name, map(str, list_optimizers()))
     choose("optim.clip_mode", cfg.optim.clip_mode, CLIP_MODES)
     choose("schedule.name", cfg.schedule.name, SCHEDULES)
     choose("loss.name", cfg.loss.name, LOSSES)
     choose("logger.wandb.mode", cfg.logger.wandb.mode, WANDB_MODES)
-    _require(0 < cfg.optim.lr < math.inf, "optim.lr", cfg.optim.lr, "a positive learning rate")
-    _require(0 <= cfg.optim.weight_decay < math.inf, "optim.weight_decay", cfg.optim.weight_decay, "0 or more")
-    _require(0 <= cfg.optim.momentum < 1, "optim.momentum", cfg.optim.momentum, "a factor from 0 to below 1")
+    require(0 < cfg.optim.lr < math.inf, "optim.lr", cfg.optim.lr, "a positive learning rate")
+    require(0 <= cfg.optim.weight_decay < math.inf, "optim.weight_decay", cfg.optim.weight_decay, "0 or more")
+    require(0 <= cfg.optim.momentum < 1, "optim.momentum", cfg.optim.momentum, "a factor from 0 to below 1")
     clip, decay = cfg.optim.clip_grad, cfg.optim.layer_decay
-    _require(clip is None or clip > 0, "optim.clip_grad", clip, "a positive bound, or null")
-    _require(decay is None or 0 < decay <= 1, "optim.layer_decay", decay, "a factor above 0 up to 1, or null")
+    require(clip is None or clip > 0, "optim.clip_grad", clip, "a positive bound, or null")
+    require(decay is None or 0 < decay <= 1, "optim.layer_decay", decay, "a factor above 0 up to 1, or null")
     warmup = cfg.schedule.warmup_epochs
-    _require(0 <= warmup <= cfg.epochs, "schedule.warmup_epochs", warmup, f"0 up to epochs={cfg.epochs}")
+    require(0 <= warmup <= cfg.epochs, "schedule.warmup_epochs", warmup, f"0 up to epochs={cfg.epochs}")
     rates = {"min_lr": cfg.schedule.name in _ENDS_AT_MIN_LR, "warmup_lr": warmup > 0}
     for key, used in rates.items():
         rate = getattr(cfg.schedule, key)
         wanted = f"0 up to optim.lr={cfg.optim.lr}"
-        _require(not used or 0 <= rate <= cfg.optim.lr, f"schedule.{key}", rate, wanted)
-    _require(cfg.schedule.cooldown_epochs >= 0, "schedule.cooldown_epochs", cfg.schedule.cooldown_epochs, "0 or more")
-    _require(0 <= cfg.loss.smoothing < 1, "loss.smoothing", cfg.loss.smoothing, "a share from 0 to below 1")
-    _require(0 <= cfg.ema.decay < 1, "ema.decay", cfg.ema.decay, "a factor from 0 to below 1")
+        require(not used or 0 <= rate <= cfg.optim.lr, f"schedule.{key}", rate, wanted)
+    require(cfg.schedule.cooldown_epochs >= 0, "schedule.cooldown_epochs", cfg.schedule.cooldown_epochs, "0 or more")
+    require(0 <= cfg.loss.smoothing < 1, "loss.smoothing", cfg.loss.smoothing, "a share from 0 to below 1")
+    require(0 <= cfg.ema.decay < 1, "ema.decay", cfg.ema.decay, "a factor from 0 to below 1")
     for key in ("every_epochs", "every_steps", "every_seconds"):
         value = getattr(cfg.checkpoint, key)
-        _require(value is None or value > 0, f"checkpoint.{key}", value, "more than 0, or null")
+        require(value is None or value > 0, f"checkpoint.{key}", value, "more than 0, or null")
     _check_augment(cfg)
 
 

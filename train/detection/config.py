@@ -1,13 +1,21 @@
 """The configuration of `zoo detect`: every key, its type and its default, and what is checked before a start."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
 from zoo.errors import UserError
-from zoo.train.config import AMP, WANDB_MODES, CheckpointConfig, LoggerConfig, Schema, choose
+from zoo.train.config import (
+    AMP,
+    WANDB_MODES,
+    CheckpointConfig,
+    LoggerConfig,
+    Schema,
+    check_value_range,
+    choose,
+    require,
+)
 
 __all__ = ["DETECT", "DetectConfig", "validate_detect"]
 
@@ -130,11 +138,6 @@ class DetectConfig:
     notes: dict[str, Any] = field(default_factory=dict)  # of an experiment: expected AP, source, cost
 
 
-def _require(condition: bool, key: str, value: Any, wanted: str) -> None:
-    if not condition:
-        raise UserError(f"{key}={value} is out of range; give {wanted}")
-
-
 def validate_detect(cfg: DetectConfig) -> None:
     """Check values that types do not catch.
 
@@ -158,41 +161,38 @@ def validate_detect(cfg: DetectConfig) -> None:
             f"model.pretrained={cfg.model.pretrained!r} is no choice; give true, false, a file or a run folder"
         )
     rate = cfg.model.drop_path_rate
-    _require(rate is None or 0 <= rate < 1, "model.drop_path_rate", rate, "a rate from 0 to below 1")
+    require(rate is None or 0 <= rate < 1, "model.drop_path_rate", rate, "a rate from 0 to below 1")
     for key in ("batch_size", "val_batch_size", "eval_every", "log_every"):
-        _require(getattr(cfg, key) >= 1, key, getattr(cfg, key), "at least 1")
-    _require(cfg.max_steps is None or cfg.max_steps > 0, "max_steps", cfg.max_steps, "at least 1, or null")
-    _require(cfg.threads is None or cfg.threads > 0, "threads", cfg.threads, "at least 1")
-    _require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "a whole number from 0 to below 2**31")
-    _require(cfg.pictures >= 0, "pictures", cfg.pictures, "0 or more")
+        require(getattr(cfg, key) >= 1, key, getattr(cfg, key), "at least 1")
+    require(cfg.max_steps is None or cfg.max_steps > 0, "max_steps", cfg.max_steps, "at least 1, or null")
+    require(cfg.threads is None or cfg.threads > 0, "threads", cfg.threads, "at least 1")
+    require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "a whole number from 0 to below 2**31")
+    require(cfg.pictures >= 0, "pictures", cfg.pictures, "0 or more")
     schedule, data, detector = cfg.schedule, cfg.data, cfg.detector
     for key in ("epochs", "accumulate"):
-        _require(getattr(schedule, key) >= 1, f"schedule.{key}", getattr(schedule, key), "at least 1")
-    _require(schedule.lr > 0, "schedule.lr", schedule.lr, "a positive learning rate")
-    _require(schedule.weight_decay >= 0, "schedule.weight_decay", schedule.weight_decay, "0 or more")
-    _require(schedule.warmup_steps >= 0, "schedule.warmup_steps", schedule.warmup_steps, "0 or more")
-    _require(
+        require(getattr(schedule, key) >= 1, f"schedule.{key}", getattr(schedule, key), "at least 1")
+    require(schedule.lr > 0, "schedule.lr", schedule.lr, "a positive learning rate")
+    require(schedule.weight_decay >= 0, "schedule.weight_decay", schedule.weight_decay, "0 or more")
+    require(schedule.warmup_steps >= 0, "schedule.warmup_steps", schedule.warmup_steps, "0 or more")
+    require(
         sorted(set(schedule.milestones)) == schedule.milestones,
         "schedule.milestones",
         schedule.milestones,
         "rising epochs",
     )
     decay, clip = schedule.layer_decay, schedule.clip_norm
-    _require(decay is None or 0 < decay <= 1, "schedule.layer_decay", decay, "a factor above 0 up to 1, or null")
-    _require(clip is None or clip > 0, "schedule.clip_norm", clip, "a positive bound, or null")
+    require(decay is None or 0 < decay <= 1, "schedule.layer_decay", decay, "a factor above 0 up to 1, or null")
+    require(clip is None or clip > 0, "schedule.clip_norm", clip, "a positive bound, or null")
     if decay is not None and schedule.backbone_lr != 1:
         raise UserError("schedule.layer_decay and schedule.backbone_lr both set the backbone's rates; keep one")
-    _require(
+    require(
         len(data.scale) == 2 and min(data.scale) >= 32, "data.scale", data.scale, "[longest,shortest] of at least 32"
     )
-    if data.value_range is not None:
-        pair = data.value_range
-        ordered = len(pair) == 2 and math.isfinite(pair[0]) and math.isfinite(pair[1]) and pair[0] < pair[1]
-        _require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
-    _require(data.num_workers >= 0, "data.num_workers", data.num_workers, "0 or more")
-    _require(data.pad_divisor >= 1, "data.pad_divisor", data.pad_divisor, "at least 1")
+    check_value_range(data.value_range)
+    require(data.num_workers >= 0, "data.num_workers", data.num_workers, "0 or more")
+    require(data.pad_divisor >= 1, "data.pad_divisor", data.pad_divisor, "at least 1")
     for key in ("channels", "fc_channels", "roi_samples"):
-        _require(getattr(detector, key) >= 8, f"detector.{key}", getattr(detector, key), "at least 8")
+        require(getattr(detector, key) >= 8, f"detector.{key}", getattr(detector, key), "at least 8")
 
 
 DETECT: Schema[DetectConfig] = Schema(
