@@ -59,6 +59,7 @@ _EVALUATED = Changes(
 )  # fmt: skip
 _LEFTOVERS = ("detector.py", "unreadable_images.jsonl", "mmengine", "annotations")  # of a start that came to nothing
 _DRY_IMAGES = 4
+_Checkpoint = tuple[Path, dict[str, Any]]
 _STOCK_HOOKS = ("timer", "logger", "checkpoint")  # for mmdet's own tools; the run folder's hook stands in for them
 _TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
 _VALIDATION = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -146,18 +147,19 @@ class Job:
 
 
 @contextmanager
-def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job]:
+def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles, evaluated: _Checkpoint | None = None) -> Iterator[Job]:
     """Make everything ready for training or, with cfg.eval, for an evaluation; at the end let go of it.
 
     Args:
         cfg: the validated configuration.
         run: the run that is resumed or evaluated.
         data: the data set, which is there.
+        evaluated: path and state of the run's checkpoint that is evaluated; read here if None.
 
     Raises:
         UserError: weights, model, device or folder do not fit the configuration.
     """
-    source, state_dict = _weights(cfg, run)
+    source, state_dict = _weights(cfg, run, evaluated or _evaluated(cfg, run))
     own = None if run is None else run.path
     if cfg.eval:
         cfg.model.pretrained = False
@@ -194,18 +196,25 @@ def prepare(cfg: DetectConfig, run: Run | None, data: CocoFiles) -> Iterator[Job
             yield Job(cfg, run, world, folder, config, runner, hook, source)
 
 
-def _known(cfg: DetectConfig, run: Run | None) -> Known:
+def _evaluated(cfg: DetectConfig, run: Run | None) -> _Checkpoint | None:
+    """Path and state of the checkpoint that is evaluated, where it is a run's."""
+    if run is None or not cfg.eval:
+        return None
+    path, state = run.checkpoint(cfg.checkpoint_name)
+    if state.get("kind") != "detector":
+        raise UserError(f"{path} is no checkpoint of `zoo detect`; `zoo eval run={run.path}` evaluates classifiers")
+    return path, state
+
+
+def _known(cfg: DetectConfig, run: Run | None, evaluated: _Checkpoint | None) -> Known:
     """What the run or the detector that is taken up was trained on."""
     if run is None:
         classes = checkpoint_classes(cfg.weights) if cfg.eval and cfg.weights is not None else None
         return Known(classes, f"the detector {cfg.weights}")
-    if cfg.eval:
-        state = run.checkpoint(cfg.checkpoint_name)[1]
-    else:
-        found = newest_intact(run.path)
-        if found is None:
-            return Known()
-        state = found[1]
+    found = evaluated or newest_intact(run.path)
+    if found is None:
+        return Known()
+    state = found[1]
     classes = ((state.get("meta") or {}).get("dataset_meta") or {}).get("classes")
     return Known(
         tuple(classes) if classes else None,
@@ -215,13 +224,12 @@ def _known(cfg: DetectConfig, run: Run | None) -> Known:
     )
 
 
-def _weights(cfg: DetectConfig, run: Run | None) -> tuple[str | None, dict[str, Any] | None]:
+def _weights(
+    cfg: DetectConfig, run: Run | None, evaluated: _Checkpoint | None
+) -> tuple[str | None, dict[str, Any] | None]:
     """What the detector begins with, and where it is from: a run's that is evaluated, a file's, or nothing."""
-    if run is not None and cfg.eval:
-        path, state = run.checkpoint(cfg.checkpoint_name)
-        if state.get("kind") != "detector":
-            raise UserError(f"{path} is no checkpoint of `zoo detect`; `zoo eval run={run.path}` evaluates classifiers")
-        return str(path), state["state_dict"]
+    if evaluated is not None:
+        return str(evaluated[0]), evaluated[1]["state_dict"]
     if run is not None or cfg.weights is None:
         return None, None
     try:
@@ -317,18 +325,19 @@ def _detect(arguments: Arguments) -> None:
     cfg = from_container(config, DETECT)
     if cfg.eval and run is None and cfg.weights is None:
         raise UserError("eval=true needs run=RUN_FOLDER, or weights=FILE with model, detector and data")
+    evaluated = _evaluated(cfg, run)
     data = open_coco(
         cfg.data,
         need_train=not cfg.eval,
         may_lack=cfg.dry_run and not cfg.eval,
         masks=cfg.detector.name in MASKED,
-        known=_known(cfg, run),
+        known=_known(cfg, run, evaluated),
     )
     if not data.present:
         built = build_only(cfg, compose_mmdet(cfg, data, Path(cfg.run_root)))
         print(f"dry run passed: {built}; no step was made, for data.root is not set", flush=True)
         return
-    with prepare(cfg, run, data) as job:
+    with prepare(cfg, run, data, evaluated) as job:
         if job.world.is_primary:
             for note in data.notes:
                 print(note, flush=True)
