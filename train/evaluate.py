@@ -17,7 +17,7 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.models.checkpoints import read_checkpoint
+from zoo.models.checkpoints import load_plain, read_checkpoint
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
@@ -148,7 +148,7 @@ def _file_labels(path: Path) -> list[str] | None:
         if path.suffix == ".safetensors":
             found = json.loads((path.parent / "config.json").read_text()).get("label_names")
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("label_names")
+            found = load_plain(path, mmap=True).get("label_names")
     except Exception:  # a file of another program, which the model has taken
         return None
     return [str(name) for name in found] if isinstance(found, list | tuple) else None
