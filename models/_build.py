@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from zoo.ops import scriptable
 
+from ._pyramid import Pyramid
 from .checkpoints import StateDict, check_state_dict, published_figures, read_checkpoint, unwrap_checkpoint
 
-__all__ = ["build_model", "moved_by", "published_cfg", "rename_keys"]
+__all__ = ["build_model", "fit_pointwise", "moved_by", "published_cfg", "rename_keys"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
@@ -95,6 +96,17 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Sequence[tuple[str, Rep
     return renamed
 
 
+def fit_pointwise(state_dict: Mapping[str, Tensor], model: nn.Module) -> StateDict:
+    """A state_dict with weights of 1x1 convolutions as Linear weights and the reverse, where the model has the other."""
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    fitted: StateDict = {}
+    for key, value in state_dict.items():
+        shape = shapes.get(key, value.shape)
+        matrix = {len(shape), value.ndim} == {2, 4} and shape[:2] == value.shape[:2]
+        fitted[key] = value.reshape(shape) if matrix and shape.numel() == value.numel() else value
+    return fitted
+
+
 def moved_by(step: int, template: str) -> Callable[[re.Match[str]], str]:
     """A replacement for `rename_keys`: the template with the number that the pattern's group found, moved by `step`."""
     return lambda match: template.format(int(match[1]) + step)
@@ -118,7 +130,12 @@ def build_model(
     A checkpoint's head of another size than the configuration's is an error that names both sizes; with `num_classes`
     given, the head is loaded where the sizes agree and fresh where they do not.
 
+    Of timm's arguments, `output_stride` must be the model's own unless the class is one of timm's, which dilate; with
+    `features_only` a `feature_cls` that watches modules ("hook", "fx", "list", "dict") gives and declares the layout
+    in which the stages work.
+
     Raises:
+        ValueError: the model has another output_stride, or norms on its features, which only "getter" applies.
         FileNotFoundError: the checkpoint file does not exist.
         RuntimeError: the checkpoint's keys or shapes do not fit the model; the first ones of both sides are listed.
     """
@@ -135,21 +152,39 @@ def build_model(
         state_dict = checkpoint if checkpoint is not None else unwrap_checkpoint(state_dict)
         if filter_fn is not None:
             state_dict = filter_fn(state_dict, model)
+        state_dict = fit_pointwise(state_dict, model)  # a classifier of pixels is a convolution
         _check_keys(variant, state_dict, model)
         return state_dict
 
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": CheckpointedFeatures, **(feature_cfg or {})}
     if features_only:
         kwargs["features_only"] = True
         if out_indices is not None:
             kwargs["out_indices"] = out_indices
+    output_stride = kwargs.get("output_stride")
+    if isinstance(model_cls, type) and issubclass(model_cls, Pyramid):
+        kwargs.pop("output_stride", None)
+        if features_only and not _is_getter(kwargs.get("feature_cls", feature_cfg["feature_cls"])):
+            feature_cfg["output_fmt"] = "NHWC" if model_cls.channels_last else "NCHW"
+            feature_cfg["flatten_sequential"] = True
+
+    def construct(**arguments: Any) -> ModelT:
+        model = model_cls(**arguments)
+        own = cast(Any, model).feature_info[-1]["reduction"]
+        if output_stride not in (None, own):
+            raise ValueError(f"{variant}: output_stride {output_stride} is not available, the model's is {own}")
+        if "output_fmt" in feature_cfg and any(".out_norm." in name for name in model.state_dict()):
+            raise ValueError(f"{variant}: only feature_cls 'getter', the default, applies the norms of the features")
+        return model
+
     model = build_model_with_cfg(
-        model_cls,
+        construct,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=strict_filter,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": CheckpointedFeatures, **(feature_cfg or {})},
+        feature_cfg=feature_cfg,
         **kwargs,
     )
     for owner in (model, getattr(model, "model", None)):
@@ -157,6 +192,13 @@ def build_model(
         if isinstance(own_cfg, dict):
             own_cfg.pop("state_dict", None)
     return cast(ModelT, model)  # or, with features_only, its wrapper
+
+
+def _is_getter(feature_cls: Any) -> bool:
+    """Whether timm takes features from `forward_intermediates` and not from modules."""
+    if isinstance(feature_cls, str):
+        return feature_cls.lower() == "getter"
+    return isinstance(feature_cls, type) and issubclass(feature_cls, FeatureGetterNet)
 
 
 def _read_source(cfg: dict[str, Any]) -> StateDict | None:

@@ -70,9 +70,11 @@ class Backbone(FamilyFacts, nn.Module):
         head: Callable[..., Any] = ClassifierHead,
         **kwargs: Any,
     ) -> None:
-        """Add the head for `num_features` channels; kwargs are the head's own."""
+        """Add the head for `num_features` channels; kwargs are the head's own. Without pooling it classifies pixels."""
         self.num_classes = num_classes
         self.drop_rate = drop_rate
+        if head is ClassifierHead:
+            kwargs["use_conv"] = not global_pool
         self.head = head(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **kwargs)
         self.head_hidden_size = self.head.num_features
 
@@ -83,6 +85,8 @@ class Backbone(FamilyFacts, nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Give the model a fresh classifier, and another pooling if one is named; `reset_other` drops the rest."""
         self.num_classes = num_classes
+        if global_pool is not None:
+            self.head.use_conv = not global_pool
         self.head.reset(
             num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
         )
@@ -224,11 +228,10 @@ class Pyramid(Backbone):
         for i, stage in enumerate(self.stages, first):
             if i not in take:
                 stage.out_norm = nn.Identity()
-        if shortened:
-            self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head or shortened:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or shortened or self.num_features != self.head.in_features:
             self.reset_classifier(0, "", reset_other=True)
         return take
 

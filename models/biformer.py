@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from zoo.ops.routing.layout import from_regions, to_regions
 from zoo.ops.scriptable import routing_attention, routing_index
 
-from ._build import build_model, published_cfg, rename_keys
+from ._build import build_model, fit_pointwise, published_cfg, rename_keys
 from ._pyramid import Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["BiFormer", "BiLevelRoutingAttention"]
@@ -375,10 +375,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     outputs stay fresh.
     """
     own = model.state_dict()
-    renamed = {
-        key: value.flatten(1) if value.ndim == 4 and key in own and own[key].ndim == 2 else value
-        for key, value in rename_keys(state_dict, _RENAMED).items()
-    }
+    renamed = fit_pointwise(rename_keys(state_dict, _RENAMED), model)
     for key, value in own.items():  # files written by very old PyTorch lack these counters
         if key.endswith("num_batches_tracked"):
             renamed.setdefault(key, value)

@@ -18,7 +18,6 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers import make_divisible, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import FeatureListNet, feature_take_indices
@@ -44,6 +43,9 @@ class RelativePosition(nn.Module):
     def reset_parameters(self, std: float) -> None:
         trunc_normal_(self.height_rel, std=std)
         trunc_normal_(self.width_rel, std=std)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.height_rel.clone(), self.width_rel.clone()  # FSDP frees parameters when their module has run
 
 
 @register_notrace_module
@@ -121,23 +123,22 @@ class HaloAttention(nn.Module):
         self.pos_embed.reset_parameters(self.dim_qk**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
-        q = F.linear(tokens[:, :: self.stride, :: self.stride], self.q.weight.flatten(1), self.q.bias)
-        q = q.unflatten(-1, (self.num_heads, self.dim_qk))
+        tokens = x.contiguous(memory_format=torch.channels_last)  # what follows then copies nothing
+        q = self.q(tokens).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_qk))
         if self.q_scale != 1.0:
             q = q * self.q_scale
         # The checkpoints' projection holds k and v of a head beside one another.
-        kv = F.linear(tokens, self.kv.weight.flatten(1), self.kv.bias)
-        kv = kv.unflatten(-1, (self.num_heads, self.dim_qk + self.dim_v))
+        kv = self.kv(tokens).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_qk + self.dim_v))
         k, v = kv[..., : self.dim_qk], kv[..., self.dim_qk :]
+        rel_height, rel_width = self.pos_embed()
         out = halo_attention(
             q,
             k,
             v,
             self.block_size,
             self.halo_size,
-            rel_height=self.pos_embed.height_rel,
-            rel_width=self.pos_embed.width_rel,
+            rel_height=rel_height,
+            rel_width=rel_width,
             border=self.border,
             scale=self.scale,
             backend=self.attn_backend,
@@ -203,8 +204,9 @@ class BottleneckAttention(nn.Module):
         q, k, v = [t.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3) for t in self.qkv(x).split(dims, 1)]
         logits = (q @ k.transpose(-2, -1)) * self.scale  # (B, nh, H * W, H * W)
         q = q.unflatten(2, (H, W))
-        by_row = torch.einsum("bnhwd,hid->bnhwi", q, _toeplitz(resize_relative(self.pos_embed.height_rel, H)))
-        by_col = torch.einsum("bnhwd,wjd->bnhwj", q, _toeplitz(resize_relative(self.pos_embed.width_rel, W)))
+        rel_height, rel_width = self.pos_embed()
+        by_row = torch.einsum("bnhwd,hid->bnhwi", q, _toeplitz(resize_relative(rel_height, H)))
+        by_col = torch.einsum("bnhwd,wjd->bnhwj", q, _toeplitz(resize_relative(rel_width, W)))
         position = (by_row.unsqueeze(-1) + by_col.unsqueeze(-2)).flatten(4).flatten(2, 3)
         attn = (logits + position * self.rel_scale).softmax(dim=-1)
         out = (attn @ v).transpose(2, 3).reshape(B, self.num_heads * self.dim_v, H, W)
@@ -273,6 +275,14 @@ class HaloNet(FamilyFacts, ByobNet):
             if isinstance(module, HaloAttention):
                 module.attn_backend = attn_backend
                 module.border = border
+        if self.head.global_pool.is_identity():
+            self.reset_classifier(self.num_classes, "")
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """As timm's; without pooling the classifier is one of pixels."""
+        if global_pool is not None:
+            self.head.use_conv = not global_pool
+        super().reset_classifier(num_classes, global_pool, reset_other)
 
     _timm_intermediates = _renamed(ByobNet.forward_intermediates, "_timm_intermediates")
 

@@ -37,19 +37,8 @@ from ._pyramid import PatchEmbed, Pyramid, Stage, init_linear, stage_rates
 __all__ = ["LITv2"]
 
 
-class DWConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of (B, H, W, C)."""
-
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups).permute(0, 2, 3, 1)
-
-
 class DWMlp(nn.Module):
-    """fc1 - depthwise 3x3 - GELU - fc2."""
+    """fc1 - depthwise 3x3 - GELU - fc2 on [B, H, W, C]."""
 
     def __init__(
         self, dim: int, hidden_dim: int, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
@@ -57,13 +46,14 @@ class DWMlp(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dwconv = DWConv(hidden_dim, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.act(self.dwconv(self.fc1(x)))))
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.act(x)))
 
 
 @register_notrace_module  # padding depends on sizes

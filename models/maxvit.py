@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from zoo.ops.scriptable import window_attention_qkvpacked
 
-from ._build import build_model, published_cfg
+from ._build import build_model, fit_pointwise, published_cfg
 from ._pyramid import Pyramid, Stage, stage_rates
 
 __all__ = ["MaxViT"]
@@ -133,7 +133,7 @@ class RelPosTable(nn.Module):
         self.window = window
 
     def forward(self) -> Tensor:
-        return self.relative_position_bias_table
+        return self.relative_position_bias_table.clone()  # FSDP frees a parameter when its module has run
 
 
 class RelPosBias(RelPosTable):
@@ -518,10 +518,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             rel_pos: Any = model.get_submodule(k.rpartition(".")[0])
             if v.shape != own[k].shape and v.ndim == own[k].ndim:
                 v = rel_pos.resized(v, rel_pos.window)
-        elif k in own and v.ndim != own[k].ndim and v.numel() == own[k].numel():
-            v = v.reshape(own[k].shape)
         out[k] = v
-    return out
+    return fit_pointwise(out, model)
 
 
 def _cfg(

@@ -5,25 +5,28 @@ Original: https://github.com/hhb072/STViT (models/stvit.py; MIT by its header).
 
 Numbers are the original's. What differs:
 - the constant `unfold.weights` and `fold.weights` of every block are no parameters here; they are dropped on loading;
-- the 1x1 projection, its norm and activation belong to the head: `forward_features` gives the last stage's map;
+- 1x1 convolutions of the blocks are Linear layers; `checkpoint_filter_fn` reshapes the published ones;
+- the 1x1 projection, its norm and activation are the final norm, as in timm's EfficientNet: `forward_features` gives
+  their map, and `num_features` counts its channels;
 - `projection=None` builds (the original fails); `num_classes=0`, `global_pool` and `features_only` work.
 
 Any image size is accepted: maps that are no multiple of a super token are zero-padded inside the attention, as in the
 original.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from zoo.ops.scriptable import super_token_mapping, super_token_sampling
 
-from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._build import build_model, fit_pointwise, moved_by, published_cfg, rename_keys
 from ._pyramid import Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["STViT"]
@@ -40,32 +43,24 @@ class ResDWConv(nn.Module):
         return x + self.conv(x)
 
 
-class PointwiseConv(nn.Conv2d):
-    """1x1 convolution, run as one matrix product over channels-last pixels: faster on a CPU than PyTorch's own."""
-
-    def __init__(self, dim: int, out_dim: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
 class ConvFFN(nn.Module):
-    """fc1 - GELU - residual depthwise 3x3 - fc2; the convolution follows the activation."""
+    """fc1 - GELU - residual depthwise 3x3 - fc2 on [B, C, H, W]; the convolution follows the activation."""
 
     def __init__(
         self, dim: int, hidden_dim: int, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.fc1 = PointwiseConv(dim, hidden_dim, **dd)
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.act = nn.GELU()
         self.conv = ResDWConv(hidden_dim, **dd)
-        self.fc2 = PointwiseConv(hidden_dim, dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.conv(self.act(self.fc1(x)))))
+        x = self.fc1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.conv(self.act(x)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(x).permute(0, 3, 1, 2))
 
 
 class Attention(nn.Module):
@@ -76,16 +71,15 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias, **dd)
-        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        qkv = F.linear(x, self.qkv.weight.flatten(1), self.qkv.bias)
-        qkv = qkv.reshape(B, H * W, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        qkv = self.qkv(x).reshape(B, H * W, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, nh, N, d)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(x)
 
 
 class StokenAttention(nn.Module):
@@ -167,63 +161,31 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class Stem(nn.Sequential):
+def _stem(in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> nn.Sequential:
     """Four 3x3 convolutions of strides 2, 1, 2, 1; the batch norm follows the activation."""
-
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
-        layers: list[nn.Module] = []
-        for out_chans, stride in ((dim // 2, 2), (dim // 2, 1), (dim, 2), (dim, 1)):
-            layers.append(nn.Conv2d(in_chans, out_chans, 3, stride, 1, device=device, dtype=dtype))
-            layers += [nn.GELU(), nn.BatchNorm2d(out_chans, device=device, dtype=dtype)]
-            in_chans = out_chans
-        super().__init__(*layers)
+    layers: list[nn.Module] = []
+    for out_chans, stride in ((dim // 2, 2), (dim // 2, 1), (dim, 2), (dim, 1)):
+        layers.append(nn.Conv2d(in_chans, out_chans, 3, stride, 1, device=device, dtype=dtype))
+        layers += [nn.GELU(), nn.BatchNorm2d(out_chans, device=device, dtype=dtype)]
+        in_chans = out_chans
+    return nn.Sequential(*layers)
 
 
-class Downsample(nn.Sequential):
+def _downsample(dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> nn.Sequential:
     """3x3 convolution of stride 2 and a batch norm."""
-
-    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
+    dd = {"device": device, "dtype": dtype}
+    return nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
 
 
-class ProjectedHead(ClassifierHead):
-    """timm's classifier behind a 1x1 projection, batch norm and SiLU of the map; `projection` None leaves it out."""
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        projection: int | None,
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        dim = in_features if projection is None else projection
-        proj = nn.Identity() if projection is None else nn.Conv2d(in_features, dim, 1, **dd)
-        super().__init__(dim, num_classes, **kwargs, **dd)
-        self.proj = proj
-        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
-        self.act: nn.Module = nn.SiLU()
-
-    def reset(
-        self,
-        num_classes: int,
-        pool_type: str | None = None,
-        reset_other: bool = False,
-        in_features: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        """As timm's; `in_features` counts where `reset_other` takes the projection away."""
-        if reset_other:
-            self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
-        super().reset(num_classes, pool_type, False, in_features if reset_other else None, device, dtype)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.global_pool(self.act(self.norm(self.proj(x)))))
-        return x if pre_logits else self.fc(x)
+def _final_norm(dim: int, projection: int | None, device: Any = None, dtype: Any = None) -> nn.Sequential:
+    """1x1 projection, batch norm and SiLU of the last map; `projection` None leaves the projection out."""
+    dd = {"device": device, "dtype": dtype}
+    layers: dict[str, nn.Module] = {}
+    if projection is not None:
+        layers["proj"] = nn.Conv2d(dim, projection, 1, **dd)
+    layers["norm"] = nn.BatchNorm2d(projection or dim, **dd)
+    layers["act"] = nn.SiLU()
+    return nn.Sequential(OrderedDict(layers))
 
 
 class STViT(Pyramid):
@@ -272,11 +234,11 @@ class STViT(Pyramid):
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(in_chans, embed_dim[-1])
-        self.stem = Stem(in_chans, embed_dim[0], **dd)
+        super().__init__(in_chans, projection or embed_dim[-1])
+        self.stem = _stem(in_chans, embed_dim[0], **dd)
         stages = []
         for i, (dim, rates) in enumerate(zip(embed_dim, stage_rates(drop_path_rate, depths), strict=True)):
-            downsample = Downsample(embed_dim[i - 1], dim, **dd) if i else None
+            downsample = _downsample(embed_dim[i - 1], dim, **dd) if i else None
             blocks = [
                 Block(
                     dim,
@@ -296,15 +258,10 @@ class STViT(Pyramid):
             ]
             stages.append(Stage(blocks, downsample))
         self.add_stages(stages, embed_dim)
-        self.add_head(num_classes, global_pool, drop_rate, ProjectedHead, projection=projection, **dd)
-        self.apply(init_linear)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        matcher = super().group_matcher(coarse)
-        if not coarse:
-            matcher["blocks"].append((r"^head\.(?:proj|norm)\.", (99999,)))
-        return matcher
+        self.feature_info[-1]["num_chs_norm"] = self.num_features
+        self.norm = _final_norm(embed_dim[-1], projection, **dd)
+        self.add_head(num_classes, global_pool, drop_rate, **dd)
+        init_linear(self.head.fc)  # the original's other matrices are 1x1 convolutions, with their initial values
 
 
 _RENAMED = (
@@ -314,15 +271,16 @@ _RENAMED = (
     (r"\bnorm1\.norm\.", "norm1."),
     (r"\bmlp2\.", "mlp."),
     (r"\bgamma_([12])$", r"ls\1.gamma"),
-    (r"^(proj|norm)\.", r"head.\1."),
+    (r"^(?:head\.)?(proj|norm)\.(?!proj\.|norm\.)", r"norm.\1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours, without the constants."""
+    """The published names to ours, without the constants; 1x1 convolutions are Linear layers here."""
     constants = (".unfold.weights", ".fold.weights")
-    return rename_keys({k: v for k, v in state_dict.items() if not k.endswith(constants)}, _RENAMED)
+    renamed = rename_keys({k: v for k, v in state_dict.items() if not k.endswith(constants)}, _RENAMED)
+    return fit_pointwise(renamed, model)
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -19,13 +20,17 @@ from torch import Tensor, nn
 from zoo.ops.scriptable import large_kernel_attention
 
 from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._modules import is_plain_conv
 from ._pyramid import Pyramid, Stage, stage_rates
 
 __all__ = ["VAN"]
 
 
 class LKA(nn.Module):
-    """Large kernel attention: the input gated by a 5x5, a dilated 7x7 and a 1x1 convolution of itself."""
+    """Large kernel attention: the input gated by a 5x5, a dilated 7x7 and a 1x1 convolution of itself.
+
+    The op takes the weights of the three unless something is attached to one; then they are called one after another.
+    """
 
     def __init__(self, dim: int, attn_backend: str | None = None, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -36,6 +41,9 @@ class LKA(nn.Module):
         self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if not (is_plain_conv(self.conv0) and is_plain_conv(self.conv_spatial) and is_plain_conv(self.conv1)):
+                return x * self.conv1(self.conv_spatial(self.conv0(x)))
         return large_kernel_attention(
             x,
             self.conv0.weight,
