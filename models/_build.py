@@ -13,7 +13,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_notrace_function
 from timm.models._builder import resolve_pretrained_cfg
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
+from timm.models._features_fx import FeatureGraphNet
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Sequence[tuple[str, Rep
 
 
 def fit_pointwise(state_dict: Mapping[str, Tensor], model: nn.Module) -> StateDict:
-    """A state_dict with weights of 1x1 convolutions as Linear weights and the reverse, where the model has the other."""
+    """A state_dict whose weights of 1x1 convolutions and Linear layers have the shape that the model has for them."""
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     fitted: StateDict = {}
     for key, value in state_dict.items():
@@ -164,7 +165,7 @@ def build_model(
     output_stride = kwargs.get("output_stride")
     if isinstance(model_cls, type) and issubclass(model_cls, Pyramid):
         kwargs.pop("output_stride", None)
-        if features_only and not _is_getter(kwargs.get("feature_cls", feature_cfg["feature_cls"])):
+        if features_only and _watches_modules(kwargs.get("feature_cls", feature_cfg["feature_cls"])):
             feature_cfg["output_fmt"] = "NHWC" if model_cls.channels_last else "NCHW"
             feature_cfg["flatten_sequential"] = True
 
@@ -194,11 +195,12 @@ def build_model(
     return cast(ModelT, model)  # or, with features_only, its wrapper
 
 
-def _is_getter(feature_cls: Any) -> bool:
-    """Whether timm takes features from `forward_intermediates` and not from modules."""
+def _watches_modules(feature_cls: Any) -> bool:
+    """Whether timm takes features from the modules that feature_info names, not from `forward_intermediates`."""
     if isinstance(feature_cls, str):
-        return feature_cls.lower() == "getter"
-    return isinstance(feature_cls, type) and issubclass(feature_cls, FeatureGetterNet)
+        return feature_cls.lower() != "getter"
+    watching = (FeatureDictNet, FeatureHookNet, FeatureGraphNet)
+    return isinstance(feature_cls, type) and issubclass(feature_cls, watching)
 
 
 def _read_source(cfg: dict[str, Any]) -> StateDict | None:

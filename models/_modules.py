@@ -10,15 +10,20 @@ __all__ = ["is_plain_conv"]
 _CONV_FORWARD = nn.Conv2d.forward
 
 
-def is_plain_conv(module: nn.Module) -> bool:
-    """Whether a call of the module is the convolution of its weight and bias and nothing else.
+def is_plain_conv(module: nn.Module, dilation: int = 1) -> bool:
+    """Whether a call of the module does nothing but convolve with its weight and bias, so that an op may do it.
 
-    It is not where anything is attached: a forward or backward hook (pruning, offloading, counters; of this module or
-    of all), a subclass (parametrization, FSDP, quantization) or wrapper (LoRA), a patched `forward`, a weight of
-    another tensor class (DTensor, torchao), or FX, which records modules. Then call it, or that is left out.
+    The convolution is one of stride 1 and zero padding that keeps the map's size. Otherwise the module is to be called:
+    it has hooks (of pruning, offloading or counters; hooks of every module count), is of a subclass (parametrized,
+    sharded, quantized) or a wrapper (an adapter), has a `forward` of its own, a weight of another tensor class
+    (DTensor, torchao), or is seen by FX, which records modules.
     """
     return (
         type(module) is nn.Conv2d
+        and module.stride == (1, 1)
+        and module.dilation == (dilation, dilation)
+        and module.padding == tuple(dilation * (k // 2) for k in module.kernel_size)
+        and module.padding_mode == "zeros"
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and not module._backward_pre_hooks

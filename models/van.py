@@ -42,7 +42,8 @@ class LKA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not (is_plain_conv(self.conv0) and is_plain_conv(self.conv_spatial) and is_plain_conv(self.conv1)):
+            plain = is_plain_conv(self.conv0) and is_plain_conv(self.conv_spatial, 3) and is_plain_conv(self.conv1)
+            if not plain:
                 return x * self.conv1(self.conv_spatial(self.conv0(x)))
         return large_kernel_attention(
             x,

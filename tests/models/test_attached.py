@@ -36,7 +36,9 @@ FORMS: dict[str, Small] = {
     "maxvit_rmlp": Small(
         "zoo_maxvit_rmlp_pico_rw_256", (64, 64), {"embed_dims": (32, 32, 64, 64), "depths": (1, 1, 1, 1)}
     ),
-    "maxvit_pm": Small("zoo_maxvit_nano_rw_256", (64, 64), {"embed_dims": (64,) * 4, "depths": (1,) * 4, "parallel": True}),
+    "maxvit_pm": Small(
+        "zoo_maxvit_nano_rw_256", (64, 64), {"embed_dims": (64,) * 4, "depths": (1,) * 4, "parallel": True}
+    ),
     "botnet": Small("zoo_lamhalobotnet50ts_256", (64, 64)),
     "biformer_nchw": Small(
         "biformer_stl_nchw", (64, 64), {"embed_dims": (32,) * 4, "depths": (1,) * 4, "topks": (1, 2, 4, -2)}
@@ -250,12 +252,20 @@ ATTACHED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", ATTACHED)
 def test_is_plain(what: str) -> None:
-    conv = nn.Conv2d(4, 4, 3, groups=4)
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
     assert is_plain_conv(conv)
-    assert is_plain_conv(nn.Conv2d(4, 4, 3, bias=False))
     ATTACHED[what](conv)
     assert not is_plain_conv(conv)
     assert not is_plain_conv(nn.Sequential(conv))
+
+
+def test_is_plain_with_its_settings() -> None:
+    assert is_plain_conv(nn.Conv2d(4, 4, 1, bias=False))
+    assert is_plain_conv(nn.Conv2d(4, 4, (3, 5), padding=(3, 6), dilation=3), 3)
+    assert not is_plain_conv(nn.Conv2d(4, 4, 3, padding=1), 3)
+    assert not is_plain_conv(nn.Conv2d(4, 4, 3, padding=3, dilation=3))
+    settings: list[dict[str, Any]] = [{"padding": 0}, {"stride": 2}, {"padding_mode": "circular"}, {"padding": "same"}]
+    assert not any(is_plain_conv(nn.Conv2d(4, 4, 3, **{"padding": 1, **setting})) for setting in settings)
 
 
 def test_the_op_runs_where_nothing_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_meta(name: str) -> None:
     assert all(t.dtype == torch.bfloat16 for t in model.parameters())
     assert model.num_classes == model.pretrained_cfg["num_classes"]
     assert getattr(model.get_classifier(), "out_features", 0) == model.num_classes  # an Identity without classes
+    assert model.num_features == model.head_hidden_size  # what a program that takes the classifier off relies on
     assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
     modules = dict(model.named_modules())
     for field in ("first_conv", "classifier"):
@@ -303,10 +304,11 @@ EARLIER: dict[str, tuple[dict[str, Any], list[tuple[str, Any]]]] = {
             (r"^stages\.", "layers."),
             (r"\.mlp\.", ".mlp2."),
             (r"\.ls([12])\.gamma$", r".gamma_\1"),
-            (r"^head\.(proj|norm)\.", r"\1."),
+            (r"^norm\.(proj|norm)\.", r"\1."),
             (r"^head\.fc\.", "head."),
         ],
     ),
+    "stvit_small": ({"depths": (1, 1, 1, 1)}, [(r"^norm\.(proj|norm)\.", r"head.\1.")]),
     "litv2_s": (
         {"depths": (1, 1, 1, 1), "dense": True},
         [

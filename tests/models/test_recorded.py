@@ -50,8 +50,8 @@ def watched(model: nn.Module) -> dict[str, Tensor]:
             continue
         stage.downsample.register_forward_hook(keep(f"down{i}"))
         stage.norm.register_forward_pre_hook(lambda _module, x, i=i: seen.__setitem__(f"stage{i + 1}_prenorm", x[0]))
-    if hasattr(model.head, "act"):
-        model.head.act.register_forward_hook(lambda _module, _inputs, y: seen.__setitem__("final_act", y))
+    if pyramid and hasattr(model.norm, "act"):
+        model.norm.act.register_forward_hook(lambda _module, _inputs, y: seen.__setitem__("final_act", y))
     return seen
 
 

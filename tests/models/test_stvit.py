@@ -83,7 +83,7 @@ def test_loading_refuses(tmp_path: Path) -> None:
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path})
     fresh = shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=5)
     assert fresh.head.fc.weight.shape[0] == 5
-    assert torch.equal(fresh.head.proj.weight, source.head.proj.weight)
+    assert torch.equal(fresh.norm.proj.weight, source.norm.proj.weight)
     with pytest.raises(RuntimeError, match="another shape"):
         shrunken(pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7, projection=48)
 
@@ -99,7 +99,7 @@ def test_published_folder() -> None:
 def test_sizes(size: tuple[int, int], batch: int) -> None:
     model = shrunken().eval()
     features = model.forward_features(torch.randn(batch, 3, *size))
-    assert features.shape == (batch, 32, -(-size[0] // 32), -(-size[1] // 32))
+    assert features.shape == (batch, 40, -(-size[0] // 32), -(-size[1] // 32))
     assert model.forward_head(features).shape == (batch, 1000)
 
 
@@ -116,6 +116,21 @@ def test_features() -> None:
     assert torch.equal(
         whole.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)[0], taps[0]
     )
+
+
+def test_width() -> None:
+    """The projection is part of the features, as in timm's EfficientNet, until pruning takes it away."""
+    x = torch.randn(2, 3, 64, 96)
+    model = shrunken(num_classes=0).eval()
+    assert model(x).shape == (2, 40)
+    assert model.forward_features(x).shape == (2, 40, 2, 3)
+    assert model.num_features == model.head_hidden_size == 40
+    info = FeatureInfo(model.feature_info, (0, 1, 2, 3))
+    final, taps = model.forward_intermediates(x, norm=True)
+    assert torch.equal(final, taps[-1])
+    assert [t.shape[1] for t in taps] == [*info.channels()[:-1], model.feature_info[-1]["num_chs_norm"]]
+    model.prune_intermediate_layers([3], prune_norm=True, prune_head=False)
+    assert model.num_features == model.head_hidden_size == model(x).shape[1] == 32
 
 
 def test_overrides() -> None:
@@ -157,7 +172,7 @@ def test_layer_groups() -> None:
     order = ["stem.0.weight"] + [f"stages.{i}.blocks.{j}.norm1.weight" for i, j in ((0, 0), (0, 1), (1, 0))]
     assert [groups[name] for name in order] == [0, 1, 2, 3]
     assert groups["stages.1.downsample.0.weight"] == groups["stages.1.blocks.0.norm1.weight"]
-    assert groups["head.proj.weight"] == groups["head.norm.weight"] == groups["stages.3.blocks.0.norm1.weight"]
+    assert groups["norm.proj.weight"] == groups["norm.norm.weight"] == groups["stages.3.blocks.0.norm1.weight"]
     assert groups["head.fc.weight"] == max(groups.values())
 
 
