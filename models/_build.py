@@ -11,14 +11,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, register_notrace_function
+from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
-
-from zoo.ops import scriptable
 
 from ._pyramid import Pyramid
 from .checkpoints import StateDict, check_state_dict, published_figures, read_checkpoint, unwrap_checkpoint
@@ -28,9 +26,6 @@ __all__ = ["build_model", "fit_pointwise", "moved_by", "published_cfg", "rename_
 ModelT = TypeVar("ModelT", bound=nn.Module)
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
 Replacement = str | Callable[[re.Match[str]], str]
-
-for _op in scriptable.__all__:  # FX must not trace into the ops: their control flow depends on sizes
-    register_notrace_function(getattr(scriptable, _op))
 
 _HEAD_KEYS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight")
 

@@ -8,15 +8,21 @@ parameters are `stem.*`, `stages.{i}.downsample.*`, `stages.{i}.blocks.{j}.*`, `
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, cast
 
+import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq, register_notrace_module
+from timm.layers import ClassifierHead, calculate_drop_path_rates, drop_path, get_device_dtype, trunc_normal_
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.ops.maps import is_symbolic, pad_map
+
 __all__ = [
     "Backbone",
+    "CeilAvgPool2d",
+    "DropPath",
     "FamilyFacts",
     "NormLayer",
     "PatchEmbed",
@@ -28,6 +34,8 @@ __all__ = [
     "init_linear",
     "stage_rates",
 ]
+
+torch.fx.wrap("drop_path")  # its shapes depend on the number of axes
 
 NormLayer = Callable[..., nn.Module]
 
@@ -242,7 +250,6 @@ class Pyramid(Backbone):
         return as_format(self.norm(x), self.channels_last, "NCHW")
 
 
-@register_notrace_module  # padding depends on the size
 class PatchEmbed(nn.Module):
     """Non-overlapping patches and a norm: (B, C, H, W) to (B, H/p, W/p, dim), padded on the right and bottom."""
 
@@ -262,10 +269,27 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        if bottom > 0 or right > 0:
-            x = F.pad(x, (0, right, 0, bottom))
+        x = pad_map(x.permute(0, 2, 3, 1), self.patch_size).permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class DropPath(timm.layers.DropPath):
+    """Stochastic depth, which FX records as one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
+
+
+class CeilAvgPool2d(nn.Module):
+    """Mean over 2x2 pixels, at an odd side over those that are there, on (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_symbolic(x.shape[2], x.shape[3]):
+            return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        # PyTorch's own compares sizes; here zeros are counted, and the share of pixels that are no padding divides
+        share = pad_map(x.new_ones(1, x.shape[2], x.shape[3], 1), 2).permute(0, 3, 1, 2)
+        x = pad_map(x.permute(0, 2, 3, 1), 2).permute(0, 3, 1, 2)
+        return F.avg_pool2d(x, 2) / F.avg_pool2d(share, 2)
 
 
 def check_output_fmt(output_fmt: str) -> None:

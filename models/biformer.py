@@ -16,21 +16,25 @@ Numbers are the original's; what differs:
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+import torch.fx
+from timm.layers import LayerNorm2d, Mlp
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.routing.layout import from_regions, to_regions
 from zoo.ops.scriptable import routing_attention, routing_index
 
 from ._build import build_model, fit_pointwise, published_cfg, rename_keys
-from ._pyramid import Pyramid, Stage, init_linear, stage_rates
+from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["BiFormer", "BiLevelRoutingAttention"]
 
+for _function in ("_attend_softly", "_checked", "_fitting"):  # the size decides how they run
+    torch.fx.wrap(_function)
 
-@register_notrace_module
+
 class BiLevelRoutingAttention(nn.Module):
     """Bi-level routing attention (BRA) with its local enhancement (LePE), on [B, H, W, C].
 
@@ -99,65 +103,78 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         n = self.n_win
-        if not self.pad_keys and (H % n > 0 or W % n > 0):
-            if not self.auto_pad:
-                raise ValueError(
-                    f"without auto_pad the map must be a multiple of n_win={n} on both sides, got {H} x {W}"
-                )
-            x = F.pad(x, (0, 0, 0, -W % n, 0, -H % n))
+        if not self.pad_keys:
+            x = pad_map(x, n) if self.auto_pad else _checked(x, n)
         q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         out = self.attend(q.unflatten(-1, (self.num_heads, -1)), k.unflatten(-1, (self.num_heads, -1)), v)
         out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(out)[:, :H, :W]
+        return crop_map(self.proj(out), H, W)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _, H, W, nh, _ = q.shape
         n = self.n_win
-        rh, rw = max(H // n, 1), max(W // n, 1)
-        topk = min(self.topk, ((H + rh - 1) // rh) * ((W + rw - 1) // rw))
+        topk = _fitting(self.topk, n, H, W)
         v = v.unflatten(-1, (nh, -1))
         if self.soft_routing:
-            return self.attend_softly(q, k, v, topk)
+            return _attend_softly(q, k, v, n, topk, self.scale, self.kv_per_win, self.diff_routing)
         padding = "zero" if self.pad_keys else "none"
         index = routing_index(q, k, n, topk, padding=padding, backend=self.attn_backend)
         if self.kv_per_win > 0:
-            k, v = self.pool(k), self.pool(v)
+            size = n * self.kv_per_win
+            k, v = _pooled(k, size), _pooled(v, size)
         out = routing_attention(
             q, k, v, n, topk, scale=self.scale, index=index, padding=padding, backend=self.attn_backend
         )
         return out.flatten(3)
 
-    def pool(self, x: Tensor) -> Tensor:
-        size = self.n_win * self.kv_per_win
-        pooled = F.adaptive_avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size)
-        return pooled.permute(0, 2, 3, 1).unflatten(-1, (x.shape[3], -1))
 
-    @torch.jit.unused
-    def attend_softly(self, q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
-        B, H, W, nh, _ = q.shape
-        n = self.n_win
-        region = (H // n, W // n)
-        q_mean, k_mean = (to_regions(t, region).mean(2).flatten(2) for t in (q, k))
-        if not self.diff_routing:
-            q_mean, k_mean = q_mean.detach(), k_mean.detach()
-        affinity = (q_mean * self.scale) @ k_mean.transpose(1, 2)  # (B, R, R)
-        affinity, index = affinity.sort(dim=-1, descending=True, stable=True)
-        index = index[..., :topk]
-        weight = affinity[..., :topk].softmax(-1)
-        if self.kv_per_win > 0:
-            k, v = self.pool(k), self.pool(v)
-        key_region = (k.shape[1] // n, k.shape[2] // n)
-        picked = (index + n * n * torch.arange(B, device=q.device).view(-1, 1, 1)).flatten()
-        k, v = (
-            (to_regions(t, key_region).flatten(0, 1).index_select(0, picked) * weight.reshape(-1, 1, 1, 1))
-            .reshape(B * n * n, -1, nh, t.shape[-1])
-            .transpose(1, 2)
-            for t in (k, v)
-        )  # (B * R, nh, topk * tokens, d)
-        out = F.scaled_dot_product_attention(
-            to_regions(q, region).flatten(0, 1).transpose(1, 2), k, v, scale=self.scale
-        ).transpose(1, 2)
-        return from_regions(out.unflatten(0, (B, n * n)), region, (H, W)).flatten(3)
+def _checked(x: Tensor, n_win: int) -> Tensor:
+    """A map whose sides are multiples of n_win."""
+    H, W = x.shape[1], x.shape[2]
+    if H % n_win > 0 or W % n_win > 0:
+        raise ValueError(f"without auto_pad the map must be a multiple of n_win={n_win} on both sides, got {H} x {W}")
+    return x
+
+
+def _fitting(topk: int, n_win: int, height: int, width: int) -> int:
+    """topk, or the number of regions of a small map."""
+    rows, cols = max(height // n_win, 1), max(width // n_win, 1)
+    return min(topk, ((height + rows - 1) // rows) * ((width + cols - 1) // cols))
+
+
+def _pooled(x: Tensor, size: int) -> Tensor:
+    pooled = F.adaptive_avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size)
+    return pooled.permute(0, 2, 3, 1).unflatten(-1, (x.shape[3], -1))
+
+
+@torch.jit.unused
+def _attend_softly(
+    q: Tensor, k: Tensor, v: Tensor, n: int, topk: int, scale: float, kv_per_win: int, diff_routing: bool
+) -> Tensor:
+    """Attention to regions whose keys and values are weighted by their affinity."""
+    B, H, W, nh, _ = q.shape
+    region = (H // n, W // n)
+    q_mean, k_mean = (to_regions(t, region).mean(2).flatten(2) for t in (q, k))
+    if not diff_routing:
+        q_mean, k_mean = q_mean.detach(), k_mean.detach()
+    affinity = (q_mean * scale) @ k_mean.transpose(1, 2)  # (B, R, R)
+    affinity, index = affinity.sort(dim=-1, descending=True, stable=True)
+    index = index[..., :topk]
+    weight = affinity[..., :topk].softmax(-1)
+    if kv_per_win > 0:
+        k, v = _pooled(k, n * kv_per_win), _pooled(v, n * kv_per_win)
+    key_region = (k.shape[1] // n, k.shape[2] // n)
+    picked = (index + n * n * torch.arange(B, device=q.device).view(-1, 1, 1)).flatten()
+    k, v = (
+        (to_regions(t, key_region).flatten(0, 1).index_select(0, picked) * weight.reshape(-1, 1, 1, 1))
+        .reshape(B * n * n, -1, nh, t.shape[-1])
+        .transpose(1, 2)
+        for t in (k, v)
+    )  # (B * R, nh, topk * tokens, d)
+    out = F.scaled_dot_product_attention(
+        to_regions(q, region).flatten(0, 1).transpose(1, 2), k, v, scale=scale
+    ).transpose(1, 2)
+    return from_regions(out.unflatten(0, (B, n * n)), region, (H, W)).flatten(3)
 
 
 class AttentionLePE(nn.Module):

@@ -16,24 +16,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
-from timm.models import generate_default_cfgs, register_model, register_notrace_function
+from timm.layers import LayerNorm2d, Mlp, NormMlpClassifierHead
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.ops.maps import crop_map, is_symbolic, pad_map
 from zoo.ops.scriptable import channel_attention, channel_attention_qkvpacked, window_attention_qkvpacked
 
 from ._build import build_model, moved_by, published_cfg, rename_keys
-from ._pyramid import Pyramid, Stage, init_linear, stage_rates
+from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["DaViT"]
-
-
-@register_notrace_function
-def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
-    """Pad (B, H, W, C) with zeros at the bottom and right to multiples of height and width."""
-    bottom, right = -x.shape[1] % height, -x.shape[2] % width
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
 class ConvPosEnc(nn.Module):
@@ -57,7 +50,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(out_chs, eps=norm_eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), 4, 4).permute(0, 3, 1, 2)
+        x = pad_map(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
         # One input channel has no order of its own, so the convolution may answer in the other layout.
         x = self.conv(x.contiguous(memory_format=torch.channels_last))
         return self.norm(x.contiguous(memory_format=torch.channels_last))
@@ -79,7 +72,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         if self.even:
-            x = pad_to_multiple(x.permute(0, 2, 3, 1), 2, 2).permute(0, 3, 1, 2)
+            x = pad_map(x.permute(0, 2, 3, 1), 2).permute(0, 3, 1, 2)
         return self.conv(x)
 
 
@@ -106,12 +99,10 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        x = pad_to_multiple(x, self.window_size, self.window_size)
-        B, H, W, _ = x.shape
-        qkv = self.qkv(x).view(B, H, W, 3, self.num_heads, self.head_dim)
+        _, H, W, _ = x.shape
+        qkv = self.qkv(pad_map(x, self.window_size)).unflatten(-1, (3, self.num_heads, self.head_dim))
         x = window_attention_qkvpacked(qkv, self.window_size, backend=self.attn_backend).flatten(3)
-        return self.proj(x[:, :height, :width])
+        return self.proj(crop_map(x, H, W))
 
 
 class ChannelAttention(nn.Module):
@@ -144,7 +135,10 @@ class ChannelAttention(nn.Module):
         qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, self.head_dim)
         if self.v2:
             q, k, v = qkv.unbind(2)
-            x = channel_attention(v, q, k, scale=(H * W) ** -0.5, backend=self.attn_backend)
+            scale = (H * W) ** -0.5
+            if is_symbolic(H, W):  # ops take a number for a scale
+                q, scale = q * scale, 1.0
+            x = channel_attention(v, q, k, scale=scale, backend=self.attn_backend)
         else:
             x = channel_attention_qkvpacked(qkv, backend=self.attn_backend)
         return self.proj(x.view(B, H, W, C))

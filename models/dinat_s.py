@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+import torch
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from zoo.ops.maps import pad_map
 
 from ._build import build_model, published_cfg
 from ._pyramid import NormLayer, PatchEmbed
@@ -24,7 +26,6 @@ from .nat import NAT, checkpoint_filter_fn
 __all__ = ["DiNATS"]
 
 
-@register_notrace_module  # padding depends on the size
 class PatchMerging(nn.Module):
     """2x2 pixels side by side, norm, and a projection to twice the channels; odd sides are padded; [B, H, W, C]."""
 
@@ -35,12 +36,8 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        bottom, right = H % 2, W % 2
-        if bottom > 0 or right > 0:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        x = x.reshape(B, (H + bottom) // 2, 2, (W + right) // 2, 2, C)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # rows vary faster than columns
+        x = pad_map(x, 2)
+        x = torch.cat([x[:, i % 2 :: 2, i // 2 :: 2] for i in range(4)], dim=-1)  # rows vary faster than columns
         return self.reduction(self.norm(x))
 
 

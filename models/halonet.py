@@ -18,18 +18,23 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
+import torch.fx
 from timm.layers import make_divisible, to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureListNet, feature_take_indices
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, interleave_blocks
 from torch import Tensor, nn
 
+from zoo.ops.maps import is_symbolic
 from zoo.ops.scriptable import halo_attention
 
 from ._build import build_model, published_cfg
-from ._pyramid import FamilyFacts, as_asked, as_format, check_output_fmt
+from ._pyramid import CeilAvgPool2d, FamilyFacts, as_asked, as_format, check_output_fmt
 
 __all__ = ["HaloNet"]
+
+for _function in ("_as_laid_out", "_relative"):  # the size and the layout decide how they run
+    torch.fx.wrap(_function)
 
 
 class RelativePosition(nn.Module):
@@ -48,7 +53,6 @@ class RelativePosition(nn.Module):
         return self.height_rel.clone(), self.width_rel.clone()  # FSDP frees parameters when their module has run
 
 
-@register_notrace_module
 class HaloAttention(nn.Module):
     """Attention of each block of the map to the block and a halo around it, with its projections.
 
@@ -113,7 +117,7 @@ class HaloAttention(nn.Module):
         self.kv = nn.Conv2d(dim, num_heads * (self.dim_qk + self.dim_v), 1, bias=qkv_bias, **dd)
         window = block_size + 2 * halo_size
         self.pos_embed = RelativePosition((window, window), self.dim_qk, **dd)
-        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False) if pool else nn.Identity()
+        self.pool = CeilAvgPool2d() if pool else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,12 +148,9 @@ class HaloAttention(nn.Module):
             backend=self.attn_backend,
         )
         out = out.flatten(3).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
-        if x.is_contiguous():
-            out = out.contiguous()
-        return self.pool(out)
+        return self.pool(_as_laid_out(out, x))
 
 
-@register_notrace_module
 class BottleneckAttention(nn.Module):
     """BoTNet's attention over the whole map (arXiv:2101.11605), with relative position tables made for one size.
 
@@ -190,8 +191,7 @@ class BottleneckAttention(nn.Module):
         self.rel_scale = self.scale if scale_pos_embed else 1.0
         self.qkv = nn.Conv2d(dim, num_heads * (2 * self.dim_qk + self.dim_v), 1, bias=qkv_bias, **dd)
         self.pos_embed = RelativePosition(to_2tuple(feat_size), self.dim_qk, **dd)
-        pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
-        self.pool = pool if stride == 2 else nn.Identity()
+        self.pool = CeilAvgPool2d() if stride == 2 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -205,8 +205,8 @@ class BottleneckAttention(nn.Module):
         logits = (q @ k.transpose(-2, -1)) * self.scale  # (B, nh, H * W, H * W)
         q = q.unflatten(2, (H, W))
         rel_height, rel_width = self.pos_embed()
-        by_row = torch.einsum("bnhwd,hid->bnhwi", q, _toeplitz(resize_relative(rel_height, H)))
-        by_col = torch.einsum("bnhwd,wjd->bnhwj", q, _toeplitz(resize_relative(rel_width, W)))
+        by_row = torch.einsum("bnhwd,hid->bnhwi", q, _relative(rel_height, H))
+        by_col = torch.einsum("bnhwd,wjd->bnhwj", q, _relative(rel_width, W))
         position = (by_row.unsqueeze(-1) + by_col.unsqueeze(-2)).flatten(4).flatten(2, 3)
         attn = (logits + position * self.rel_scale).softmax(dim=-1)
         out = (attn @ v).transpose(2, 3).reshape(B, self.num_heads * self.dim_v, H, W)
@@ -216,21 +216,24 @@ class BottleneckAttention(nn.Module):
 def resize_relative(table: Tensor, size: int) -> Tensor:
     """A relative position table [2 * n - 1, dim], centred on offset 0, interpolated to [2 * size - 1, dim]."""
     old = (table.shape[0] + 1) // 2
-    if size == old:
+    if not is_symbolic(size, size) and size == old:
         return table
     offsets = torch.arange(1 - size, size, device=table.device, dtype=torch.float32)
-    position = offsets * (float(old - 1) / float(max(size - 1, 1))) + float(old - 1)
+    position = offsets * (float(old - 1) / offsets[-1].clamp(min=1)) + float(old - 1)
     low = position.floor().clamp(0, table.shape[0] - 1)
     high = (low + 1).clamp(max=table.shape[0] - 1)
     weight = (position - low).clamp(0, 1).unsqueeze(1).to(table.dtype)
     return torch.lerp(table[low.long()], table[high.long()], weight)
 
 
-def _toeplitz(table: Tensor) -> Tensor:
-    """[2 * n - 1, dim] -> (n, n, dim): the row of every query and key."""
-    n = (table.shape[0] + 1) // 2
-    index = torch.arange(n, device=table.device)
-    return table[index.unsqueeze(0) - index.unsqueeze(1) + n - 1]
+def _relative(table: Tensor, size: int) -> Tensor:
+    """A position table of any size -> (size, size, dim): the row of every query and key."""
+    index = torch.arange(size, device=table.device)
+    return resize_relative(table, size)[index.unsqueeze(0) - index.unsqueeze(1) + size - 1]
+
+
+def _as_laid_out(x: Tensor, like: Tensor) -> Tensor:
+    return x.contiguous() if like.is_contiguous() else x
 
 
 def _renamed(function: Any, name: str) -> Any:

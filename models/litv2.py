@@ -22,19 +22,22 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 from torchvision import ops as _torchvision_ops  # noqa: F401  (registers torch.ops.torchvision)
 
+from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.scriptable import window_attention_qkvpacked
 
 from ._build import build_model, moved_by, published_cfg, rename_keys
-from ._pyramid import PatchEmbed, Pyramid, Stage, init_linear, stage_rates
+from ._pyramid import DropPath, PatchEmbed, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["LITv2"]
+
+torch.fx.wrap("deform_conv")  # the dtype decides how it runs
 
 
 class DWMlp(nn.Module):
@@ -56,7 +59,6 @@ class DWMlp(nn.Module):
         return self.drop(self.fc2(self.act(x)))
 
 
-@register_notrace_module  # padding depends on sizes
 class HiLo(nn.Module):
     """HiLo attention on [B, H, W, C]: some heads attend inside windows, the others to window averages.
 
@@ -106,11 +108,11 @@ class HiLo(nn.Module):
 
     def lofi(self, x: Tensor, H: int, W: int) -> Tensor:
         """Only the H x W tokens that are no padding ask; the averages see all."""
-        B, Hp, Wp, C = x.shape
+        B = x.shape[0]
         ws = self.window_size
-        q = self.l_q(x[:, :H, :W]).reshape(B, H * W, self.l_heads, self.head_dim).transpose(1, 2)
+        q = self.l_q(crop_map(x, H, W)).reshape(B, H * W, self.l_heads, self.head_dim).transpose(1, 2)
         if ws > 1:
-            x = x.reshape(B, Hp // ws, ws, Wp // ws, ws, C).mean((2, 4))
+            x = F.avg_pool2d(x.permute(0, 3, 1, 2), ws).permute(0, 2, 3, 1)
         N = x.shape[1] * x.shape[2]
         kv = self.l_kv(x).reshape(B, N, 2, self.l_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
@@ -120,12 +122,10 @@ class HiLo(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         ws = self.window_size
-        pad_h, pad_w = (ws - H % ws) % ws, (ws - W % ws) % ws
-        if pad_h > 0 or pad_w > 0:
-            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        x = pad_map(x, ws)
         if self.h_heads == 0:
             return self.lofi(x, H, W)
-        high = self.hifi(x)[:, :H, :W]
+        high = crop_map(self.hifi(x), H, W)
         if self.l_heads == 0:
             return high
         return torch.cat((high, self.lofi(x, H, W)), dim=-1)
@@ -164,7 +164,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-@register_notrace_module  # the dtype decides how it runs
 class DeformConv2dPack(nn.Module):
     """Deformable 2x2 convolution of stride 2 that predicts its own offsets, (dy, dx) for each tap."""
 
@@ -180,18 +179,22 @@ class DeformConv2dPack(nn.Module):
         nn.init.zeros_(cast(Tensor, self.conv_offset.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        # torchvision has no bfloat16 kernel, and positions need more digits than half precision has.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        offset = self.conv_offset(x).to(dtype)
-        y = torch.ops.torchvision.deform_conv2d(
-            x.to(dtype),
-            self.weight.to(dtype),
-            offset,
-            offset.new_zeros(x.shape[0], 1),  # unused: the mask of the modulated form
-            self.bias.to(dtype),
-            2, 2, 0, 0, 1, 1, 1, 1, False,
-        )  # fmt: skip
-        return y.to(x.dtype)
+        return deform_conv(x, self.conv_offset(x), self.weight, self.bias)
+
+
+def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Deformable 2x2 convolution of stride 2, in float32 or float64: torchvision has no bfloat16 kernel, and positions
+    need more digits than half precision has."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.ops.torchvision.deform_conv2d(
+        x.to(dtype),
+        weight.to(dtype),
+        offset.to(dtype),
+        offset.new_zeros(x.shape[0], 1, dtype=dtype),  # unused: the mask of the modulated form
+        bias.to(dtype),
+        2, 2, 0, 0, 1, 1, 1, 1, False,
+    )  # fmt: skip
+    return y.to(x.dtype)
 
 
 class DTM(nn.Module):

@@ -18,13 +18,10 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
     LayerScale,
     Mlp,
     NormMlpClassifierHead,
     SEModule,
-    create_conv2d,
-    create_pool2d,
     get_act_layer,
     get_norm_act_layer,
     get_norm_layer,
@@ -37,12 +34,27 @@ from timm.models import generate_default_cfgs, named_apply, register_model
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from zoo.ops.maps import pad_map, pad_same
 from zoo.ops.scriptable import window_attention_qkvpacked
 
 from ._build import build_model, fit_pointwise, published_cfg
-from ._pyramid import Pyramid, Stage, stage_rates
+from ._pyramid import CeilAvgPool2d, DropPath, Pyramid, Stage, stage_rates
 
 __all__ = ["MaxViT"]
+
+
+class Conv2dSame(nn.Conv2d):
+    """A convolution of stride 2 with TensorFlow's padding, whose place depends on the parity of the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_same(x.permute(0, 2, 3, 1), self.kernel_size[0], 2).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.weight, self.bias, 2, 0, 1, self.groups)
+
+
+def _conv3x3(in_chs: int, out_chs: int, stride: int, padding: str, **kwargs: Any) -> nn.Conv2d:
+    if stride == 2 and padding == "same":
+        return Conv2dSame(in_chs, out_chs, 3, stride=2, **kwargs)
+    return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, **kwargs)
 
 
 class Downsample2d(nn.Module):
@@ -52,14 +64,16 @@ class Downsample2d(nn.Module):
         self, in_chs: int, out_chs: int, padding: str = "", bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        if padding == "same":
-            self.pool = create_pool2d("avg", 2, padding=padding)
-        else:
-            self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
-        same = in_chs == out_chs
-        self.expand = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
+        self.same = padding == "same"
+        self.pool = nn.AvgPool2d(2) if self.same else CeilAvgPool2d()
+        unchanged = in_chs == out_chs
+        self.expand = (
+            nn.Identity() if unchanged else nn.Conv2d(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            x = pad_map(x.permute(0, 2, 3, 1), 2).permute(0, 3, 1, 2)
         return self.expand(self.pool(x))
 
 
@@ -91,7 +105,7 @@ class MbConv(nn.Module):
         self.pre_norm = norm_act(in_chs, apply_act=False, **dd)
         self.conv1_1x1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
         self.norm1 = norm_act(mid_chs, **dd)
-        self.conv2_kxk = create_conv2d(mid_chs, mid_chs, 3, stride=stride, groups=mid_chs, padding=padding, **dd)
+        self.conv2_kxk = _conv3x3(mid_chs, mid_chs, stride, padding, groups=mid_chs, bias=False, **dd)
         self.norm2 = norm_act(mid_chs, **dd)
         squeezed = int(se_ratio * (out_chs if expand_output else mid_chs))
         self.se = SEModule(mid_chs, rd_channels=squeezed, act_layer=nn.SiLU, **dd)
@@ -342,9 +356,9 @@ class Stem(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv1 = create_conv2d(in_chs, widths[0], 3, stride=2, padding=padding, bias=bias, **dd)
+        self.conv1 = _conv3x3(in_chs, widths[0], 2, padding, bias=bias, **dd)
         self.norm1 = get_norm_act_layer("batchnorm2d", act)(widths[0], eps=norm_eps, **dd)
-        self.conv2 = create_conv2d(widths[0], widths[1], 3, padding=padding, bias=bias, **dd)
+        self.conv2 = _conv3x3(widths[0], widths[1], 1, padding, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))

@@ -16,23 +16,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.fx
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from timm.layers import LayerScale, Mlp, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.neighborhood.reference import axis_windows
 from zoo.ops.scriptable import neighborhood_attention_qkvpacked
 
 from ._build import build_model, moved_by, published_cfg, rename_keys
-from ._pyramid import NormLayer, Pyramid, Stage, init_linear, stage_rates
+from ._pyramid import DropPath, NormLayer, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["NAT"]
+
+torch.fx.wrap("_attend_and_drop")  # its windows depend on the size
 
 Dilations = int | Sequence[int | Sequence[int]] | None
 
 
-@register_notrace_module  # padding depends on the size
 class NeighborhoodAttention(nn.Module):
     """Neighborhood attention with its projections on [B, H, W, C].
 
@@ -84,22 +87,16 @@ class NeighborhoodAttention(nn.Module):
         trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
+        _, H, W, _ = x.shape
         kernel, dilation = self.kernel_size, self.dilation
-        height, width = max(H, kernel * dilation), max(W, kernel * dilation)
-        if height > H or width > W:
-            x = F.pad(x, (0, 0, 0, width - W, 0, height - H))
-        qkv = self.qkv(x).reshape(B, height, width, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(pad_map(x, least=kernel * dilation)).unflatten(-1, (3, self.num_heads, self.head_dim))
         if self.training and self.attn_drop > 0.0:
             x = _attention_with_dropout(qkv, self.rpb, kernel, dilation, self.scale, self.attn_drop)
         else:
             x = neighborhood_attention_qkvpacked(
                 qkv, kernel, dilation=dilation, bias=self.rpb, scale=self.scale, backend=self.attn_backend
             )
-        x = x.reshape(B, height, width, C)
-        if height > H or width > W:
-            x = x[:, :H, :W]
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(crop_map(x.flatten(3), H, W)))
 
 
 def _attention_with_dropout(

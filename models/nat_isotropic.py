@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from zoo.ops.maps import is_symbolic
 
 from . import nat
 from ._build import build_model, published_cfg, rename_keys
@@ -41,8 +44,9 @@ from .nat import Block, NeighborhoodAttention, check_image_size, per_block, per_
 
 __all__ = ["NATIsotropic"]
 
+torch.fx.wrap("relative_bias")
 
-@register_notrace_module  # the bias depends on the size
+
 class GlobalAttention(nn.Module):
     """Attention over the whole map with a relative position bias, indexed key - query; [B, H, W, C].
 
@@ -75,26 +79,26 @@ class GlobalAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         trunc_normal_(self.rpb, std=0.02)
 
-    def bias(self, height: int, width: int) -> Tensor:
-        """The bias of every query and key of a map, [heads, height * width, height * width]."""
-        table: Tensor = self.rpb
-        if table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1:
-            table = resize_table(table, 2 * height - 1, 2 * width - 1)
-        rows = torch.arange(height, device=table.device)
-        columns = torch.arange(width, device=table.device)
-        rows = rows[None, :] - rows[:, None] + (height - 1)  # (query, key)
-        columns = columns[None, :] - columns[:, None] + (width - 1)
-        bias = table[:, rows[:, None, :, None], columns[None, :, None, :]]
-        return bias.reshape(self.num_heads, height * width, height * width)
-
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, nh, N, d)
-        bias = self.bias(H, W).to(q.dtype).unsqueeze(0)
+        bias = relative_bias(self.rpb, H, W).to(q.dtype).unsqueeze(0)
         dropout = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
+
+
+def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """The bias of every query and key of a map, [heads, height * width, height * width], of a table of any size."""
+    if is_symbolic(height, width) or table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1:
+        table = resize_table(table, 2 * height - 1, 2 * width - 1)
+    rows = torch.arange(height, device=table.device)
+    columns = torch.arange(width, device=table.device)
+    rows = rows[None, :] - rows[:, None] + (height - 1)  # (query, key)
+    columns = columns[None, :] - columns[:, None] + (width - 1)
+    bias = table[:, rows[:, None, :, None], columns[None, :, None, :]]
+    return bias.reshape(table.shape[0], height * width, height * width)
 
 
 class NATIsotropic(Pyramid):

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from zoo.ops.scriptable import super_token_mapping, super_token_sampling
 
 from ._build import build_model, fit_pointwise, moved_by, published_cfg, rename_keys
-from ._pyramid import Pyramid, Stage, init_linear, stage_rates
+from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
 
 __all__ = ["STViT"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, trunc_normal_
+from timm.layers import LayerNorm2d, LayerScale2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from zoo.ops.scriptable import large_kernel_attention
 
 from ._build import build_model, moved_by, published_cfg, rename_keys
 from ._modules import is_plain_conv
-from ._pyramid import Pyramid, Stage, stage_rates
+from ._pyramid import DropPath, Pyramid, Stage, stage_rates
 
 __all__ = ["VAN"]
 

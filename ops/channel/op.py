@@ -9,6 +9,7 @@ from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, require, resolve_scale, unpack
+from zoo.ops._overrides import overridable
 from zoo.ops._register import empty, register_qkv
 
 from . import cpu, reference
@@ -19,6 +20,7 @@ _NAME = "channel_attention"
 _PACKED = "channel_attention_qkvpacked"
 
 
+@overridable
 def channel_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
@@ -50,6 +52,7 @@ def channel_attention(
     return torch.ops.zoo.channel_attention(q, k, v, factor, path)[0]
 
 
+@overridable
 def channel_attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
     """`channel_attention` on one tensor qkv [B, N, 3, heads, dim], whose gradient comes back as one tensor too.
 

@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, check_table, compute_dtype, require, resolve_scale
+from zoo.ops._overrides import overridable
 from zoo.ops._register import empty, pair_flops, register_pair
 
 from .cpu import halo_attention_backward_cpu, halo_attention_cpu
@@ -18,6 +20,7 @@ __all__ = ["halo_attention"]
 _NAME = "halo_attention"
 
 
+@overridable
 def halo_attention(
     q: Tensor,
     k: Tensor,
@@ -105,9 +108,11 @@ def _check(
 def _stride(q: Tensor, k: Tensor, block_size: int) -> int:
     """The divisor of block_size that takes k's map to q's. Where several do, one block holds all: they are equal."""
     (rows, cols), (height, width) = q.shape[1:3], k.shape[1:3]
-    for stride in range(1, block_size + 1):
-        if block_size % stride == 0 and -(-height // stride) == rows and -(-width // stride) == cols:
-            return stride
+    strides = [s for s in range(1, block_size + 1) if block_size % s == 0]
+    for holds in (statically_known_true, bool):  # in turn: sizes that are symbols are compared only if that must be
+        for stride in strides:
+            if holds((height - 1) // stride + 1 == rows) and holds((width - 1) // stride + 1 == cols):
+                return stride
     raise ValueError(
         f"{_NAME}: q has the map {tuple(q.shape[1:3])}, k has {tuple(k.shape[1:3])}; q must be of the same size, or of "
         f"ceil(size / stride) for a stride that divides block_size {block_size}"

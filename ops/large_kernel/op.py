@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, require
+from zoo.ops._overrides import overridable
 from zoo.ops._register import register_pair
 
 from .cpu import large_kernel_attention_backward_cpu, large_kernel_attention_cpu, output_format
@@ -19,6 +20,7 @@ _NAME = "large_kernel_attention"
 _PARAMETERS = ("conv0_weight", "conv0_bias", "conv_spatial_weight", "conv_spatial_bias", "conv1_weight", "conv1_bias")
 
 
+@overridable
 def large_kernel_attention(
     x: Tensor,
     conv0_weight: Tensor,

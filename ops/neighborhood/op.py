@@ -19,6 +19,7 @@ from zoo.ops._checks import (
     resolve_scale,
     unpack,
 )
+from zoo.ops._overrides import overridable
 from zoo.ops._register import pair_flops, register_qkv
 
 from .cpu import neighborhood_attention_backward_cpu, neighborhood_attention_cpu
@@ -32,6 +33,7 @@ _LAYOUTS = ("[B, L, heads, dim]", "[B, H, W, heads, dim]")
 _AXES = {1: ("length",), 2: ("height", "width")}
 
 
+@overridable
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -84,6 +86,7 @@ def neighborhood_attention(
     return torch.ops.zoo.neighborhood_attention(q, k, v, bias, *sizes, scale, backend)[0]
 
 
+@overridable
 def neighborhood_attention_qkvpacked(
     qkv: Tensor,
     kernel_size: int | Sequence[int],

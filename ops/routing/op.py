@@ -8,6 +8,7 @@ from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, pair, require, resolve_scale
+from zoo.ops._overrides import overridable
 from zoo.ops._register import pair_flops, register_op, register_pair
 
 from . import cpu, reference
@@ -19,6 +20,7 @@ _NAME = "routing_attention"
 _INDEX = "routing_index"
 
 
+@overridable
 def routing_attention(
     q: Tensor,
     k: Tensor,
@@ -85,6 +87,7 @@ def routing_attention(
     return (out, index) if return_index else out
 
 
+@overridable
 def routing_index(
     q: Tensor,
     k: Tensor,

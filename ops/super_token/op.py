@@ -10,6 +10,7 @@ from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, pair, require, resolve_scale
+from zoo.ops._overrides import overridable
 from zoo.ops._register import register_pair
 
 from . import cpu, reference
@@ -21,6 +22,7 @@ _MAPPING = "super_token_mapping"
 _MAP = "[B, H, W, C]"
 
 
+@overridable
 def super_token_sampling(
     x: Tensor,
     token_size: int | tuple[int, int],
@@ -64,6 +66,7 @@ def super_token_sampling(
     return tokens, affinity.detach()
 
 
+@overridable
 def super_token_mapping(
     tokens: Tensor, affinity: Tensor, token_size: int | tuple[int, int], *, backend: str | None = None
 ) -> Tensor:
@@ -93,6 +96,7 @@ def super_token_mapping(
     return out
 
 
+@overridable
 def super_token_attention(
     x: Tensor,
     qkv_weight: Tensor | None,

@@ -18,6 +18,7 @@ from zoo.ops._checks import (
     resolve_scale,
     unpack,
 )
+from zoo.ops._overrides import overridable
 from zoo.ops._register import empty, pair_flops, register_qkv
 
 from . import cpu, reference
@@ -28,6 +29,7 @@ _NAME = "window_attention"
 _PACKED = "window_attention_qkvpacked"
 
 
+@overridable
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -75,6 +77,7 @@ def window_attention(
     return torch.ops.zoo.window_attention(q, k, v, bias, *sizes, grid, factor, path)[0]
 
 
+@overridable
 def window_attention_qkvpacked(
     qkv: Tensor,
     window_size: int | Sequence[int],
