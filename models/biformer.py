@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from zoo.ops.routing.layout import from_regions, to_regions
 from zoo.ops.scriptable import routing_attention, routing_index
 
-from ._build import build_model, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import Pyramid, Stage, init_linear, stage_rates
+from .dialects import OURS, Dialect, rename
 
 __all__ = ["BiFormer", "BiLevelRoutingAttention"]
 
@@ -355,16 +356,29 @@ class BiFormer(Pyramid):
         self.apply(init_linear)
 
 
-_RENAMED = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^extra_norms\.(\d+)\.", r"stages.\1.out_norm."),
-    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
-    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
-    (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.[23]\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+def _original(name: str, blocks: str, qkv: str, proj: str) -> Dialect:
+    """The original's names; its blocks with plain attention call the projections as we do."""
+    return Dialect(
+        name,
+        (
+            (r"^stem\.", "downsample_layers.0."),
+            (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+            (r"^stages\.(\d+)\.out_norm\.", r"extra_norms.\1."),
+            (r"^stages\.(\d+)\.blocks\.", blocks),
+            (r"\.attn\.qkv\.", f".attn.<{qkv}|qkv>."),
+            (r"\.attn\.proj\.", f".attn.<{proj}|proj>."),
+            (r"\.mlp\.fc1\.", ".mlp.0."),
+            (r"\.mlp\.fc2\.", ".mlp.<2|3>."),
+            (r"^head\.fc\.", "head."),
+        ),
+    )
+
+
+DIALECTS = (
+    OURS,
+    _original("the original", r"stages.\1.", "qkv.qkv", "wo"),
+    _original("the original's STL", r"stages.\1.blocks.", "qkv.qkv", "wo"),
+    _original("the original's NCHW form", r"stages.\1.blocks.", "qkv_linear", "output_linear"),
 )
 
 
@@ -377,7 +391,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     own = model.state_dict()
     renamed = {
         key: value.flatten(1) if value.ndim == 4 and key in own and own[key].ndim == 2 else value
-        for key, value in rename_keys(state_dict, _RENAMED).items()
+        for key, value in rename(state_dict, model).items()
     }
     for key, value in own.items():  # files written by very old PyTorch lack these counters
         if key.endswith("num_batches_tracked"):

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from zoo.ops.scriptable import super_token_mapping, super_token_sampling
 
-from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import Pyramid, Stage, init_linear, stage_rates
+from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["STViT"]
 
@@ -307,22 +308,26 @@ class STViT(Pyramid):
         return matcher
 
 
-_RENAMED = (
-    (r"^patch_embed\.proj\.", "stem."),
-    (r"^layers\.(\d+)\.downsample\.proj\.", moved_by(1, "stages.{}.downsample.")),
-    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"\bnorm1\.norm\.", "norm1."),
-    (r"\bmlp2\.", "mlp."),
-    (r"\bgamma_([12])$", r"ls\1.gamma"),
-    (r"^(proj|norm)\.", r"head.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+_ORIGINAL = (
+    (r"^stem\.", "patch_embed.proj."),
+    (r"^stages\.(\d+)\.downsample\.", moved_by(-1, "layers.{}.downsample.proj.")),
+    (r"^stages\.", "layers."),
+    (r"\bmlp\.", "mlp2."),
+    (r"\bls([12])\.gamma$", r"gamma_\1"),
+    (r"^head\.fc\.", "head."),
+    (r"^head\.(proj|norm)\.", r"\1."),
+)
+
+DIALECTS = (
+    OURS,
+    Dialect("the original", ((r"\bnorm1\.", "norm1.norm."), *_ORIGINAL), ignored=r"\.(?:unfold|fold)\.weights$"),
+    Dialect("ours, before 0.1", _ORIGINAL),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours, without the constants."""
-    constants = (".unfold.weights", ".fold.weights")
-    return rename_keys({k: v for k, v in state_dict.items() if not k.endswith(constants)}, _RENAMED)
+    """Any dialect's names to ours, without the constants."""
+    return rename(state_dict, model)
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
