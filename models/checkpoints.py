@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.models import clean_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._sources import CheckpointError, load_plain, read_source
-from .dialects import WRAPPERS, plain_keys
+from .dialects import WRAPPERS, nearest, unwrapped
 
 __all__ = [
     "CheckpointError",
     "StateDict",
     "check_state_dict",
     "load_plain",
+    "output_norms",
     "published_figures",
     "read_checkpoint",
     "read_source",
@@ -36,15 +37,9 @@ def unwrap_checkpoint(checkpoint: Any, source: str = "checkpoint") -> StateDict:
     Raises:
         CheckpointError: there is no state_dict in it.
     """
-    while isinstance(checkpoint, Mapping):
-        tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-        inner = next((checkpoint[k] for k in WRAPPERS if isinstance(checkpoint.get(k), Mapping)), None)
-        if inner is not None and not any("." in k for k in tensors):
-            checkpoint = inner
-        elif tensors:
-            return clean_state_dict(plain_keys(tensors))
-        else:
-            break
+    state = unwrapped(checkpoint)
+    if state is not None:
+        return cast(StateDict, clean_state_dict(state))
     found = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
     raise CheckpointError(f"{source} holds no state_dict; found {found}; expected tensors, bare or under {WRAPPERS}")
 
@@ -60,6 +55,17 @@ def read_checkpoint(path: str | Path) -> StateDict:
         CheckpointError: it cannot be read as a checkpoint, or holds no state_dict; one line.
     """
     return unwrap_checkpoint(read_source(path), str(path))
+
+
+def output_norms(path: str | Path, model: nn.Module) -> dict[int, StateDict]:
+    """weight and bias of the norm on each output of the detector's backbone that a checkpoint holds, by level.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        CheckpointError: it cannot be read; one line.
+    """
+    match = nearest(read_source(path), model)
+    return {} if match is None else match.output_norms()
 
 
 def check_state_dict(

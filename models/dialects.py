@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ __all__ = [
     "Match",
     "dialects_of",
     "moved_by",
+    "nearest",
     "part_of",
-    "plain_keys",
     "recognise",
     "rename",
+    "unwrapped",
 ]
 
 StateDict = dict[str, Tensor]
@@ -160,8 +161,7 @@ class Match:
     @property
     def rank(self) -> tuple[Any, ...]:
         """Which of several copies is meant: the smallest."""
-        wrappers = [WRAPPERS.index(p) if p in WRAPPERS else len(WRAPPERS) for p in self.place.path]
-        return (*wrappers, -1, not _AVERAGED.search(self.prefix.rstrip(".")))
+        return (_rank(self.place.path), not _AVERAGED.search(self.prefix.rstrip(".")))
 
     @property
     def used(self) -> set[tuple[tuple[str, ...], str]]:
@@ -180,15 +180,15 @@ class Match:
         return {name: _joined(self.place.flat, [key]) for name, key in self.beside.items()}
 
     def output_norms(self) -> dict[int, StateDict]:
-        """weight and bias of the norm that a dense form has on each output."""
+        """weight and bias of the norm on each output of a detector's backbone, by level."""
         found: dict[int, StateDict] = {}
-        for level in range(16):
-            keys = {p: self.dialect.spell(f"stages.{level}.out_norm.{p}")[0][0] for p in ("weight", "bias")}
-            values = {
-                p: self.place.flat[self.prefix + k] for p, k in keys.items() if self.prefix + k in self.place.flat
-            }
-            if len(values) == 2:
-                found[level] = values
+        for level in range(8):
+            spelt = self.prefix + self.dialect.spell(f"stages.{level}.out_norm.weight")[0][0].removesuffix(".weight")
+            beside = f"{self.prefix.removesuffix('body.')}norm{level}"  # of `zoo.Backbone`, beside its `body`
+            for name in (spelt, beside) if self.prefix.endswith("body.") else (spelt,):
+                values = {p: self.place.flat.get(f"{name}.{p}") for p in ("weight", "bias")}
+                if all(value is not None for value in values.values()):
+                    found[level] = cast(StateDict, values)
         return found
 
 
@@ -202,7 +202,7 @@ def _part(flat: Mapping[str, Tensor], key: str) -> Tensor:
     return flat[name][int(row.rstrip("]"))] if bracket else flat[name]
 
 
-def plain_keys(tensors: Mapping[str, Tensor]) -> StateDict:
+def _plain_keys(tensors: Mapping[str, Tensor]) -> StateDict:
     """A state_dict without what torch.compile, FSDP and activation checkpointing put into its keys."""
     plain: StateDict = {}
     for key, value in tensors.items():
@@ -217,10 +217,23 @@ def _places(value: Any, path: tuple[str, ...] = ()) -> Iterator[_Place]:
     """The state_dicts inside a checkpoint."""
     tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors:
-        yield _Place(path, plain_keys(tensors))
+        yield _Place(path, _plain_keys(tensors))
     for key, inner in value.items():
         if isinstance(key, str) and isinstance(inner, Mapping) and len(path) < 4:
             yield from _places(inner, (*path, key))
+
+
+def _rank(path: tuple[str, ...]) -> tuple[int, ...]:
+    """Which of several copies their wrappers' names say is meant: the smallest."""
+    return (*(WRAPPERS.index(part) if part in WRAPPERS else len(WRAPPERS) for part in path), -1)
+
+
+def unwrapped(checkpoint: Any) -> StateDict | None:
+    """The state_dict of a checkpoint whose model is not known, of several the one that their wrappers prefer."""
+    places = list(_places(checkpoint)) if isinstance(checkpoint, Mapping) else []
+    places = [p for p in places if any("." in key for key in p.flat)] or places
+    best = min(places, key=lambda p: (_rank(p.path), -len(p.flat)), default=None)
+    return None if best is None else dict(best.flat)
 
 
 def _other_forms(own: Mapping[str, Tensor]) -> list[str]:
@@ -316,6 +329,11 @@ def _matches(checkpoint: Any, own: Mapping[str, Tensor], dialects: Sequence[Dial
     return found
 
 
+def nearest(checkpoint: Any, model: nn.Module) -> Match | None:
+    """The reading of a checkpoint as a model that accounts for most of both; None where no key is known."""
+    return _nearest(_matches(checkpoint, model.state_dict(), dialects_of(model)))
+
+
 def _nearest(matches: Sequence[Match]) -> Match | None:
     known = [m for m in matches if m.sources]
     return max(known, key=lambda m: (len(m.sources) - len(m.unexpected) - len(m.missing), len(m.sources)), default=None)
@@ -351,8 +369,8 @@ def recognise(
     ]
     if not fits:
         raise CheckpointError(f"{headline} {_misfit(checkpoint, own, dialects, matches, optional, droppable)}")
-    least = min(len(m.wrong_shapes) for m in fits)
-    fits = [m for m in fits if len(m.wrong_shapes) == least]
+    wrong = [sum(not optional(name) for name in m.wrong_shapes) for m in fits]
+    fits = [m for m, count in zip(fits, wrong, strict=True) if count == min(wrong)]
     best = min(fits, key=lambda m: (m.rank, -len(m.sources)))
     for other in fits:
         if other.rank == best.rank and not other.used <= best.used:
@@ -388,8 +406,8 @@ def _misfit(
     ):
         if count:
             problems.append(f"{count} {what}, the first: {'; '.join(first[:4])}")
-    if missing and all(name.startswith(("norm.", "head.")) for name in missing) and not best.unexpected:
-        problems.append("it is a backbone without the final norm; features_only=True takes it")
+    if all(name.startswith(("norm.", "head.")) for name in missing) and not best.unexpected:
+        problems.append("it is a backbone alone, which features_only=True and zoo.Backbone take")
     return f"the nearest dialect is {best.dialect.name}{place}; {'; '.join(p for p in problems if p)}"
 
 
@@ -422,8 +440,7 @@ def rename(state_dict: Mapping[str, Tensor], model: nn.Module) -> StateDict:
 
     A state_dict in our own names comes back as it is. Nothing is checked: `recognise` does.
     """
-    own = model.state_dict()
-    best = _nearest(_matches(state_dict, own, dialects_of(model)))
+    own, best = model.state_dict(), nearest(state_dict, model)
     if best is None:
         return dict(state_dict)
     kept = {name: own[name] for name in best.initial if best.dialect.absent and re.search(best.dialect.absent, name)}

@@ -17,7 +17,7 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.models.checkpoints import load_plain, read_checkpoint
+from zoo.models.checkpoints import load_plain, read_checkpoint, read_source
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
@@ -145,8 +145,11 @@ def _from_run(cfg: EvalConfig) -> _Source:
 def _file_labels(path: Path) -> list[str] | None:
     """The class names in a checkpoint of `zoo train`, or beside the weights in an exported folder."""
     try:
-        if path.suffix == ".safetensors":
-            found = json.loads((path.parent / "config.json").read_text()).get("label_names")
+        folder = path if path.is_dir() else path.parent
+        if path.suffix == ".safetensors" or path.is_dir() and (folder / "config.json").is_file():
+            found = json.loads((folder / "config.json").read_text()).get("label_names")
+        elif path.is_dir():
+            found = read_source(path).get("label_names")
         else:
             found = load_plain(path, mmap=True).get("label_names")
     except Exception:  # a file of another program, which the model has taken
