@@ -46,10 +46,6 @@ class _Record:
         self.state = state
 
 
-class _Attributes(dict[Any, Any]):
-    """In place of Lightning's dictionaries whose items are attributes too."""
-
-
 def _nothing(*args: Any) -> None:
     """In place of `getattr`, by which mmengine's statistics name their own methods."""
 
@@ -77,7 +73,7 @@ def _harmless() -> list[type | Callable[..., Any] | tuple[Any, str]]:
     found += [(_Record, "mmengine.logging.history_buffer.HistoryBuffer")]
     found += [(_nothing, f"{module}.getattr") for module in ("builtins", "__builtin__")]
     for module in ("lightning.fabric", "lightning_fabric", "lightning.pytorch", "pytorch_lightning"):
-        found += [(_Attributes, f"{module}.utilities.{part}.AttributeDict") for part in ("data", "parsing")]
+        found += [(OrderedDict, f"{module}.utilities.{part}.AttributeDict") for part in ("data", "parsing")]
     return found
 
 

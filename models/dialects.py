@@ -336,7 +336,7 @@ def nearest(checkpoint: Any, model: nn.Module) -> Match | None:
 
 def _nearest(matches: Sequence[Match]) -> Match | None:
     known = [m for m in matches if m.sources]
-    return max(known, key=lambda m: (len(m.sources) - len(m.unexpected) - len(m.missing), len(m.sources)), default=None)
+    return max(known, key=lambda m: (len(m.sources), -len(m.unexpected) - len(m.missing)), default=None)
 
 
 def recognise(

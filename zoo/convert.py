@@ -1,8 +1,10 @@
 """`zoo convert`: a checkpoint of any dialect, written once in our format."""
 
 import os
+import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +71,19 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"overwrite={options['overwrite']} is no choice; give true or false")
     source, out = (Path(value).expanduser() for value in (files[0], options["out"]))
     done = convert(source, out, options.get("model"), options.get("part"), overwrite == "true")
-    where = f", under `{done.match.where.rstrip('.')}`" if done.match.where else ""
-    print(f"{source}: {done.model}, in the dialect of {done.match.dialect.name}{where}")
-    for title, names in (("left out", done.match.dropped), ("not in it", done.match.missing)):
+    where = f", under {done.match.where.rstrip('.')}" if done.match.where else ""
+    print(f"{source}: {done.model}; dialect: {done.match.dialect.name}{where}")
+    for title, names in (("left out", done.match.dropped), ("not there", done.match.missing)):
         if names:
-            print(f"{title}: {', '.join(names)}")
+            print(f"{title}: {_listed(names)}")
     print(f"{out}: {done.tensors} tensors")
     return 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Every name, those that differ in their numbers alone together."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
 def convert(
@@ -106,15 +114,16 @@ def convert(
     name = model or stated
     if name is not None and name.split(".")[0] not in package_models():
         raise UserError(f"model={name} is none of this package's; `zoo list` prints them")
-    if name is None:
-        name, match = _only_fit(source, checkpoint)
-    else:
-        try:
-            match = _recognise(name, _on_meta(name, arguments if name == stated else {}), checkpoint)
-        except CheckpointError as error:
-            raise UserError(f"{source}: {error}") from error
-    built = _on_meta(name, arguments if name == stated else {})
-    state = _state(name, built, match)
+    try:
+        if name is None:
+            name, match = _only_fit(source, checkpoint)
+            built = _on_meta(name, {})
+        else:
+            built = _on_meta(name, arguments if name == stated else {})
+            match = _recognise(name, built, checkpoint)
+        state = _state(name, built, match)
+    except (CheckpointError, TypeError) as error:
+        raise UserError(f"{source}: {first_line(error)}") from error
     classes = [v.shape[0] for k, v in state.items() if k in _classifier(built)]
     facts = {"model": name, "dialect": match.dialect.name, "written_by": f"attention-zoo {__version__}"}
     _write(out, state, {"format": "pt", **facts, **({"num_classes": str(classes[0])} if classes else {})})
@@ -188,14 +197,14 @@ def _only_fit(source: Path, checkpoint: Any) -> tuple[str, Match]:
 
 
 def _candidates(checkpoint: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The models of the families that share at least some keys with a checkpoint."""
+    """The models of the families whose first one has about the keys of a checkpoint, whatever their depths."""
     families: dict[str, list[str]] = {}
     for name in package_models():
         families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
     for names in families.values():
         first = _on_meta(names[0], {})
         best = nearest(checkpoint, first)
-        if best is not None and 10 * len(best.sources) >= len(first.state_dict()):
+        if best is not None and 2 * len(best.sources) >= min(len(first.state_dict()), len(best.place.flat)):
             yield from ((name, _on_meta(name, {})) for name in names)
 
 
