@@ -180,7 +180,7 @@ def _recognise(variant: str, cfg: Mapping[str, Any], checkpoint: Any, probe: nn.
     classifier = tuple(f"{name}." for name in _names(cfg.get("classifier")))
     own = probe.state_dict()
     dense = any(".out_norm." in name for name in own)
-    return recognise(
+    match = recognise(
         checkpoint,
         own,
         dialects_of(probe),
@@ -188,6 +188,15 @@ def _recognise(variant: str, cfg: Mapping[str, Any], checkpoint: Any, probe: nn.
         optional=lambda name: name.startswith((*classifier, "norm.", "head.") if features_only else classifier),
         droppable=lambda name: features_only or dense and name.startswith(("norm.", "head.")),
     )
+    head = {name: match.shape(name) for name in match.sources if name.startswith(classifier)}
+    classes = {shape[:1] for shape in head.values()}
+    wrong = [name for name, shape in head.items() if len(classes) > 1 or shape[1:] != own[name].shape[1:]]
+    if wrong:
+        raise CheckpointError(
+            f"{variant}: the checkpoint does not fit; its classifier has another shape, "
+            + "; ".join(f"{name}: {head[name]} in the file, {tuple(own[name].shape)} in the model" for name in wrong)
+        )
+    return match
 
 
 def _head_size(variant: str, cfg: dict[str, Any], match: Match, asked: int | None, features_only: bool) -> int:
@@ -220,5 +229,5 @@ def _check_keys(variant: str, state_dict: StateDict, model: nn.Module) -> None:
         state_dict,
         model.state_dict(),
         free=[f"{name}." for name in _names(cfg.get("classifier"))],
-        any_shape=[f"{name}.weight" for name in _names(cfg.get("first_conv"))],
+        any_channels=[f"{name}.weight" for name in _names(cfg.get("first_conv"))],
     )

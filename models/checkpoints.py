@@ -75,7 +75,7 @@ def check_state_dict(
     *,
     part: str = "model",
     free: Sequence[str] = (),
-    any_shape: Sequence[str] = (),
+    any_channels: Sequence[str] = (),
 ) -> None:
     """Raise unless a state_dict has exactly the keys and shapes of a module's own.
 
@@ -85,7 +85,7 @@ def check_state_dict(
         own: the module's state_dict.
         part: what the message calls the module.
         free: prefixes of keys that may be missing, superfluous or of another shape.
-        any_shape: keys that may have another shape.
+        any_channels: weights of convolutions that may be of three channels, which timm adapts to the module's.
 
     Raises:
         CheckpointError: they differ; one line with the first keys of each kind.
@@ -97,7 +97,10 @@ def check_state_dict(
     shapes = [
         f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model"
         for k, v in state_dict.items()
-        if k in own and v.shape != own[k].shape and not k.startswith(free) and k not in any_shape
+        if k in own
+        and v.shape != own[k].shape
+        and not k.startswith(free)
+        and not (k in any_channels and v.shape == (own[k].shape[0], 3, *own[k].shape[2:]))
     ]
     problems = [
         f"{len(items)} {what}, the first: " + "; ".join(items[:4])

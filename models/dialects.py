@@ -46,7 +46,7 @@ WRAPPERS = (
 _INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 # a prefix of these alone is a wrapper around the whole model; any other one says that the rest is other parts
 _WHOLE = re.compile(r"(?:(?:module|model|net|network|\w*ema\w*|\w*averaged\w*|online_model)\.)*")
-_AVERAGED = re.compile(r"(?:^|[._])(?:ema|averaged|swa)(?:[._]|$)")
+_AVERAGED = re.compile(r"(?!.*online_model)(?:.*[._])?(?:ema|averaged|swa)(?:[._]|$)")  # matched from the start
 # what may lie beside a model inside its wrapper: losses, metrics, the images' statistics, averages and their counters
 _BESIDE = re.compile(
     r"(?:(?:module|model|net|network)\.)*"
@@ -161,11 +161,15 @@ class Match:
     @property
     def rank(self) -> tuple[Any, ...]:
         """Which of several copies is meant: the smallest."""
-        return (_rank(self.place.path), not _AVERAGED.search(self.prefix.rstrip(".")))
+        return (_rank(self.place.path), not _AVERAGED.match(self.prefix))
 
     @property
     def used(self) -> set[tuple[tuple[str, ...], str]]:
         return {(self.place.path, key.partition("[")[0]) for keys in self.sources.values() for key in keys}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape in the file, that of a 1 x 1 convolution's weight as a Linear's."""
+        return _core(_shape(self.place.flat, self.sources[name]))
 
     def state(self) -> StateDict:
         """The parameters in our names."""
@@ -194,12 +198,18 @@ class Match:
 
 def _joined(flat: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     parts = [_part(flat, key) for key in keys]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    try:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    except RuntimeError as error:
+        shapes = "; ".join(f"{key}: {tuple(part.shape)}" for key, part in zip(keys, parts, strict=True))
+        raise CheckpointError(f"the checkpoint holds parts of one tensor in shapes that differ: {shapes}") from error
 
 
 def _part(flat: Mapping[str, Tensor], key: str) -> Tensor:
+    """The tensor of a key, or the row of it that the key names; the whole where it has no such row."""
     name, bracket, row = key.partition("[")
-    return flat[name][int(row.rstrip("]"))] if bracket else flat[name]
+    value, index = flat[name], int(row.rstrip("]") or 0)
+    return value[index] if bracket and value.ndim and index < len(value) else value
 
 
 def _plain_keys(tensors: Mapping[str, Tensor]) -> StateDict:
@@ -287,7 +297,7 @@ def _match(place: _Place, dialect: Dialect, spelling: _Spelling, own: Mapping[st
     averages = {f"ema_{key.replace('.', '_')}" for key in flat}  # as mmcv 1 keeps them
     beside, dropped, unexpected = {}, [], []
     whole = _WHOLE.fullmatch(prefix) is not None
-    averaged = _AVERAGED.search(prefix.rstrip(".")) is not None
+    averaged = _AVERAGED.match(prefix) is not None
     for key in flat:
         if key in used:
             continue
@@ -309,7 +319,7 @@ def _match(place: _Place, dialect: Dialect, spelling: _Spelling, own: Mapping[st
 
 def _shape(flat: Mapping[str, Tensor], keys: list[str]) -> tuple[int, ...]:
     shapes = [tuple(_part(flat, key).shape) for key in keys]
-    return shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
+    return shapes[0] if len(shapes) == 1 else (sum(sum(s[:1]) for s in shapes), *shapes[0][1:])
 
 
 def _core(shape: Sequence[int]) -> tuple[int, ...]:
@@ -417,7 +427,8 @@ def _mixture(best: Match, own: Mapping[str, Tensor], dialects: Sequence[Dialect]
     for dialect in dialects:
         meaning = _spelling(dialect, own, others).meaning if dialect is not best.dialect else {}
         keys = [k for k in best.unexpected if k.removeprefix(best.prefix) in meaning]
-        if not keys:
+        both = {*best.sources, *(meaning[k.removeprefix(best.prefix)] for k in keys)}
+        if not keys or 2 * len(both) < len(own):  # names that they have in common with another model
             continue
         name = meaning[keys[0].removeprefix(best.prefix)]
         if name in best.sources:

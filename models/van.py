@@ -210,6 +210,30 @@ _MMPRETRAIN = (
     (r"\.conv_spatial\.", ".DW_D_conv."),
     _SCALES,
 )
+_TRANSFORMERS = (
+    (r"^stem\.", "stages.0.downsample."),
+    (r"\.downsample\.proj\.", ".embeddings.convolution."),
+    (r"\.downsample\.norm\.", ".embeddings.normalization."),
+    (r"^stages\.(\d+)\.norm\.", r"stages.\1.normalization."),
+    (r"\.blocks\.", ".layers."),
+    (r"\.norm1\.", ".pre_normomalization."),  # spelt so there
+    (r"\.norm2\.", ".post_normalization."),
+    (r"\.proj_1\.", ".pre_projection.conv."),
+    (r"\.proj_2\.", ".post_projection."),
+    (r"\.spatial_gating_unit\.", ".attention_layer.attention."),
+    (r"\.conv0\.", ".depth_wise."),
+    (r"\.conv_spatial\.", ".depth_wise_dilated."),
+    (r"\.conv1\.", ".point_wise."),
+    (r"\.attn\.", ".attention."),
+    (r"\.mlp\.fc1\.", ".mlp.in_dense."),
+    (r"\.mlp\.dwconv\.", ".mlp.depth_wise."),
+    (r"\.mlp\.fc2\.", ".mlp.out_dense."),
+    (r"\.ls1\.gamma$", ".attention_scaling.weight"),
+    (r"\.ls2\.gamma$", ".mlp_scaling.weight"),
+    (r"^stages\.", "encoder.stages."),
+    (r"^head\.fc\.", "classifier."),
+)
+_UNUSED = r"^(?:van\.)?layernorm\."  # which transformers' forward never calls
 
 DIALECTS = (
     OURS,
@@ -227,33 +251,8 @@ DIALECTS = (
     ),
     Dialect("mmpretrain", (*_MMPRETRAIN, (r"^(?!head\.)", "backbone."))),
     Dialect("mmpretrain's backbone", _MMPRETRAIN),
-    Dialect(
-        "transformers' VanForImageClassification",
-        (
-            (r"^stem\.", "stages.0.downsample."),
-            (r"\.downsample\.proj\.", ".embeddings.convolution."),
-            (r"\.downsample\.norm\.", ".embeddings.normalization."),
-            (r"^stages\.(\d+)\.norm\.", r"stages.\1.normalization."),
-            (r"\.blocks\.", ".layers."),
-            (r"\.norm1\.", ".pre_normomalization."),  # spelt so there
-            (r"\.norm2\.", ".post_normalization."),
-            (r"\.proj_1\.", ".pre_projection.conv."),
-            (r"\.proj_2\.", ".post_projection."),
-            (r"\.spatial_gating_unit\.", ".attention_layer.attention."),
-            (r"\.conv0\.", ".depth_wise."),
-            (r"\.conv_spatial\.", ".depth_wise_dilated."),
-            (r"\.conv1\.", ".point_wise."),
-            (r"\.attn\.", ".attention."),
-            (r"\.mlp\.fc1\.", ".mlp.in_dense."),
-            (r"\.mlp\.dwconv\.", ".mlp.depth_wise."),
-            (r"\.mlp\.fc2\.", ".mlp.out_dense."),
-            (r"\.ls1\.gamma$", ".attention_scaling.weight"),
-            (r"\.ls2\.gamma$", ".mlp_scaling.weight"),
-            (r"^stages\.", "van.encoder.stages."),
-            (r"^head\.fc\.", "classifier."),
-        ),
-        ignored=r"^van\.layernorm\.",  # which its forward never calls
-    ),
+    Dialect("transformers' VanForImageClassification", (*_TRANSFORMERS, (r"^(?!classifier)", "van.")), _UNUSED),
+    Dialect("transformers' VanModel", _TRANSFORMERS, _UNUSED),
     Dialect("ours, before 0.1", ((r"^stem\.", "stages.0.patch_embed."), (r"\.downsample\.", ".patch_embed."), _SCALES)),
 )
 

@@ -173,38 +173,51 @@ def _only_fit(source: Path, checkpoint: Any) -> tuple[str, Match]:
         UserError: there is none, or there are several, which the message names.
     """
     fits: dict[str, Match] = {}
-    refused: list[tuple[int, str]] = []
+    refused: list[tuple[int, str]] = []  # the better, the larger the number
     for name, model in _candidates(checkpoint):
         try:
             match = _recognise(name, model, checkpoint)
         except CheckpointError as error:
             best = nearest(checkpoint, model)
-            refused.append((len(best.sources) - len(best.unexpected) - len(best.missing) if best else -1, str(error)))
+            score = len(best.sources) - len(best.unexpected) - len(best.missing) if best else 0
+            refused.append((score, str(error)))
             continue
         wrong = [key for key in match.wrong_shapes if key not in _classifier(model)]
         if not wrong:
             fits[name] = match
-        else:
-            refused.append((0, f"the checkpoint does not fit {name}; {len(wrong)} tensors have another shape"))
+            continue
+        own = tuple(model.state_dict()[wrong[0]].shape)
+        first = f"{wrong[0]}: {match.shape(wrong[0])} in the file, {own} in the model"
+        refused.append(
+            (len(match.sources) - len(wrong), f"{len(wrong)} tensors have another shape in {name}, the first: {first}")
+        )
     most = max((len(match.sources) for match in fits.values()), default=0)
     fits = {name: match for name, match in fits.items() if len(match.sources) == most}
     if not fits:
-        reason = max(refused)[1] if refused else "its keys are of no dialect of any model"
-        raise UserError(f"{source} is of no model that is known: {reason}")
+        raise UserError(f"{source} is of no model that is known: {max(refused)[1]}")
     if len(fits) > 1:
         raise UserError(f"{source} fits {', '.join(fits)}; say which with model=NAME")
     return next(iter(fits.items()))
 
 
 def _candidates(checkpoint: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The models of the families whose first one has about the keys of a checkpoint, whatever their depths."""
+    """The models of the families whose first one has about the keys of a checkpoint, whatever their depths.
+
+    Where there is no such family, the first model of that which comes nearest, to say what differs.
+    """
     families: dict[str, list[str]] = {}
     for name in package_models():
         families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
+    shares = []
     for names in families.values():
         first = _on_meta(names[0], {})
         best = nearest(checkpoint, first)
-        if best is not None and 2 * len(best.sources) >= min(len(first.state_dict()), len(best.place.flat)):
+        size = min(len(first.state_dict()), len(best.place.flat)) if best else 1
+        shares.append((len(best.sources) / size if best else 0.0, names))
+    if max(shares)[0] < 0.5:
+        shares = [(0.5, max(shares)[1][:1])]
+    for share, names in shares:
+        if share >= 0.5:
             yield from ((name, _on_meta(name, {})) for name in names)
 
 

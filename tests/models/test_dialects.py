@@ -73,6 +73,7 @@ FORMS: dict[str, tuple[str, Callable[[str], str], dict[str, Any]]] = {
         lambda k: f"dinat.{k.removeprefix('model.pixel_level_module.encoder.')}",
         {"features_only": True},
     ),
+    "transformers_van_model": ("transformers_van", lambda k: f"van.{k}", {"num_classes": 0}),
     "mmpretrain_davit_detector": ("mmpretrain_davit", lambda k: f"backbone.{k}", {"features_only": True}),
     "florence2": (
         "transformers_florence2",
@@ -247,9 +248,19 @@ WRAPPED: dict[str, Callable[[], Any]] = {
         k.replace("levels.0.", "levels.0._orig_mod."): v for k, v in original("module.").items()
     },
     "Lightning": lambda: {"state_dict": {**original("model."), **EXTRA}, "hyper_parameters": {"lr": 1.0}},
+    "Lightning of a compiled DDP": lambda: {"state_dict": original("model.module._orig_mod.")},
     "Lightning net": lambda: {"state_dict": original("net._orig_mod."), "epoch": 2},
     "Lightning's averaging": lambda: {"state_dict": original("model."), "current_model_state": original("model.", 2)},
     "EMA in the module": lambda: {"state_dict": {**original("model.", 2), **original("ema_model.module.")}},
+    "EMA of ema-pytorch": lambda: {
+        "state_dict": {
+            **original("model.", 2),
+            **original("ema.online_model.", 2),
+            **original("ema.ema_model."),
+            "ema.initted": torch.tensor(True),
+        }
+    },
+    "EMA under a module": lambda: {"model": original("", 2), "ema": {"module": original(), "updates": 3}},
     "timm's EMA": lambda: {"state_dict": original("", 2), "state_dict_ema": original()},
     "an original's EMA": lambda: {"model": original(), "model_ema": original("", 2)},
     "EMA of torch": lambda: {**original("module."), "n_averaged": torch.tensor(3)},
@@ -342,6 +353,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: changed(**{"levels.1.blocks.0.attn.rpb": None}),
         ["1 keys of the model", "stages.1.blocks.0.attn.rpb", "the original"],
     ),
+    "a file of another family": (
+        lambda: {"stages.0.downsample.norm.weight": torch.ones(1), "patch_embed.norm.weight": torch.ones(1)},
+        ["the nearest dialect is", "stem.proj.0.weight"],
+    ),
+    "a shape of the stem": (
+        lambda: changed(**{"patch_embed.proj.0.weight": torch.ones(3, 3)}),
+        ["another shape", "stem.proj.0.weight: (3, 3) in the file"],
+    ),
+    "a head of another width": (
+        lambda: changed(**{"head.weight": torch.ones(5, 3)}),
+        ["another shape", "head.fc.weight: (5, 3) in the file, (5, 128) in the model"],
+    ),
+    "a head in two sizes": (lambda: changed(**{"head.bias": torch.ones(3)}), ["head.fc.bias: (3,) in the file"]),
+    "a scalar for a head": (lambda: changed(**{"head.weight": torch.ones(())}), ["head.fc.weight: () in the file"]),
     "a shape": (lambda: changed(**{"norm.bias": torch.ones(3)}), ["another shape", "norm.bias: (3,) in the file"]),
     "part of a fused tensor": (
         lambda: {
@@ -356,6 +381,32 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "no tensors": (lambda: {"epoch": 3}, ["no dialect", "none"]),
 }  # fmt: skip
+
+
+FUSED = "nat.encoder.levels.0.layers.0.attention.self.key.weight"
+SCALES = "nat.encoder.levels.0.layers.0.layer_scale_parameters"
+
+
+@pytest.mark.parametrize("key", [FUSED, SCALES])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (1, 16), (2, 3, 4)])
+def test_parts_of_other_shapes(key: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Tensors that do not join, and rows that are not there, are one line too."""
+    scaled = timm.create_model("nat_mini", num_classes=5, layer_scale=0.1, **SMALL)
+    state = written(scaled.state_dict(), dialects_of(scaled)[2])
+    state[key] = torch.ones(shape)
+    with pytest.raises(CheckpointError, match="shape") as caught:
+        load("nat_mini", tmp_path, state, num_classes=5, layer_scale=0.1, **SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_false_mixture() -> None:
+    """Names that two families share do not make a file one of two dialects."""
+    van = timm.create_model("van_b0", depths=(1, 1, 1, 1))
+    file = written(van.state_dict(), dialects_of(van)[2])
+    own = timm.create_model("zoo_davit_tiny", device="meta")
+    with pytest.raises(CheckpointError) as caught:
+        recognise(file, own.state_dict(), dialects_of(own), "x")
+    assert "two dialects" not in str(caught.value)
 
 
 @pytest.mark.parametrize("case", REFUSED)

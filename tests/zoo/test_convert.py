@@ -98,7 +98,13 @@ def test_which_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     torch.save({"model": spelt(timm.create_model("nat_mini", num_classes=2), "the original")}, source)
     assert "fits dinat_mini, nat_mini; say which with model=NAME" in refused(capsys, source, out)
     torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, source)
-    assert "is of no model that is known" in refused(capsys, source, out)
+    found = refused(capsys, source, out)
+    assert all(word in found for word in ("is of no model that is known", "conv1.weight", "the model's"))
+    shapes = spelt(timm.create_model("nat_mini", mlp_ratio=1), "the original")
+    torch.save({"model": shapes}, source)
+    assert "levels.0.blocks" not in (found := refused(capsys, source, out))
+    assert "another shape in" in found
+    assert "stages.0.blocks.0.mlp.fc1.weight: (64, 64) in the file, (192, 64) in the model" in found
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

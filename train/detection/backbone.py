@@ -232,8 +232,10 @@ class Backbone(BaseModule):
 
     def _load_out_norms(self, pretrained: Any) -> None:
         """Take the norms on the outputs too, where a detector's file has them."""
+        if not self._normed or not pretrained or pretrained is True:
+            return
         path = Path(str(pretrained)).expanduser()
-        if self._normed and pretrained not in (True, False, None) and path.exists() and path.suffix not in (".npz", ".npy"):
+        if path.exists() and path.suffix not in (".npz", ".npy"):
             for level, weights in output_norms(path, self.body).items():
                 if level in self._normed:
                     getattr(self, f"norm{level}").load_state_dict(weights)
