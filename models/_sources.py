@@ -268,7 +268,7 @@ class _MetadataUnpickler(_ArrayUnpickler):
 
 def _unpickled(file: BinaryIO, reader: type[pickle.Unpickler]) -> Any:
     try:
-        return _as_tensors(reader(file).load())
+        return reader(file).load()
     except RuntimeError:
         raise
     except Exception as error:  # whatever the bytes lead pickle to
@@ -313,7 +313,7 @@ def _read_file(path: Path) -> Any:
     safetensors = path.suffix == ".safetensors"
     kind = "safetensors file" if safetensors else "PyTorch checkpoint"
     try:
-        return _load_safetensors(path) if safetensors else load_plain(path)
+        return _load_safetensors(path) if safetensors else _as_tensors(load_plain(path))
     except Exception as error:  # whatever the bytes lead the readers to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not a readable {kind}: {reason}") from error

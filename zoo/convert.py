@@ -73,7 +73,12 @@ def main(argv: Sequence[str]) -> int:
     done = convert(source, out, options.get("model"), options.get("part"), overwrite == "true")
     where = f", under {done.match.where.rstrip('.')}" if done.match.where else ""
     print(f"{source}: {done.model}; dialect: {done.match.dialect.name}{where}")
-    for title, names in (("left out", done.match.dropped), ("not there", done.match.missing)):
+    for title, names in (
+        ("left out", done.match.dropped),
+        ("not there", done.match.missing),
+        ("not there, kept at their initial values", done.match.initial),
+        ("not there, zero", done.match.zero),
+    ):
         if names:
             print(f"{title}: {_listed(names)}")
     print(f"{out}: {done.tensors} tensors")

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,8 @@ from golden import GOLDENS, fill, image
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
-from zoo.models.checkpoints import CheckpointError, read_checkpoint
-from zoo.models.dialects import Dialect, dialects_of, recognise
+from zoo.models.checkpoints import CheckpointError, read_checkpoint, read_source
+from zoo.models.dialects import Dialect, dialects_of, nearest, recognise
 
 RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted((GOLDENS / "dialects").glob("*.json"))}
 SMALL: dict[str, Any] = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4), "kernel_size": 3}
@@ -132,9 +133,37 @@ def test_earlier_names(name: str, tmp_path: Path) -> None:
     assert_equal(model, {k: values[old] for k, old in then.items()})
 
 
+# detectors of the originals' own, whose backbones are the classifiers' with norms on the outputs
+DETECTORS = ("oneformer_detectron2_dinat", "davit_mmdet")
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_of_the_originals(name: str, tmp_path: Path) -> None:
+    """As detectron2 stores them, a pickle of arrays."""
+    recorded, values = RECORDED[name], filled(name)
+    file = {"model": {k: v.numpy() for k, v in values.items()}, "__author__": "third_party"}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(file))
+    overlay, kwargs = {"file": str(tmp_path / "w.pkl")}, recorded["args"]
+    found = timm.create_model(
+        recorded["model"], pretrained=True, features_only=True, pretrained_cfg_overlay=overlay, **kwargs
+    )
+    body = found.model.state_dict()
+    match = nearest(read_source(tmp_path / "w.pkl"), found.model)
+    assert match is not None
+    assert (match.dialect.name, match.prefix) == ("the original", "backbone.")
+    assert_equal(found.model, match.state(), but=("norm.", "head."))
+    norms = match.output_norms()
+    assert all(torch.equal(norms[i]["bias"], values[f"backbone.norm{i}.bias"]) for i in range(4))
+    others = {k for k in values if not k.startswith("backbone.")}
+    assert set(match.dropped) == others
+    assert sum(v.numel() for k, v in body.items() if not k.startswith(("norm.", "head."))) == sum(
+        v.numel() for k, v in values.items() if k not in others and not re.match(r"backbone\.norm\d", k)
+    )
+
+
 def test_sources_are_named() -> None:
     assert all(recorded["source"] and recorded["keys"] for recorded in RECORDED.values())
-    named = [*EARLIER, *FORMS, "transformers_nat_backbone"]
+    named = [*EARLIER, *FORMS, *DETECTORS, "transformers_nat_backbone"]
     assert set(RECORDED) == {*named, *(name for name, recorded in RECORDED.items() if "output" in recorded)}
 
 

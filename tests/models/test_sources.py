@@ -64,6 +64,8 @@ def test_pickles_of_detectron2(protocol: int, tmp_path: Path) -> None:
     found = read_checkpoint(tmp_path / "arrays.pkl")
     assert torch.equal(found["a.weight"], WEIGHTS["a.weight"])
     assert torch.equal(found["f"], torch.eye(3, dtype=torch.float64))
+    torch.save({"model": arrays}, tmp_path / "arrays.pth")
+    assert read_checkpoint(tmp_path / "arrays.pth").keys() == found.keys()
     tensors = {**WEIGHTS, "p": torch.nn.Parameter(torch.ones(2)), "view": torch.arange(9.0)[2:5]}
     (tmp_path / "tensors.pkl").write_bytes(pickle.dumps({"model": tensors, **beside}, protocol))
     found = read_checkpoint(tmp_path / "tensors.pkl")
