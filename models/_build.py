@@ -1,11 +1,10 @@
 """From a variant's name to a model with weights: timm's builder behind a strict loader for published checkpoints.
 
-Every family builds through `build_model`, describes its checkpoints with `published_cfg`, and hands over a
-`checkpoint_filter_fn(state_dict, model)` that renames the original repository's keys to ours. The filter sees a flat
-state_dict (wrappers and `module.` prefixes are already gone) and must leave a state_dict in our own names unchanged.
+Every family builds through `build_model`, describes its checkpoints with `published_cfg`, states in DIALECTS how other
+programs name its parameters, and hands over a `checkpoint_filter_fn(state_dict, model)`, which brings a state_dict of
+any of these dialects to our names and its tensors to the model's shapes, and leaves one in our names unchanged.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -16,18 +15,16 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet
 from timm.models._hub import download_cached_file
-from torch import Tensor, nn
+from torch import nn
 
 from ._pyramid import Pyramid
-from .checkpoints import StateDict, check_state_dict, published_figures, read_checkpoint, unwrap_checkpoint
+from .checkpoints import CheckpointError, StateDict, check_state_dict, published_figures, read_source
+from .dialects import Match, dialects_of, fit_pointwise, recognise
 
-__all__ = ["build_model", "fit_pointwise", "moved_by", "published_cfg", "rename_keys"]
+__all__ = ["build_model", "published_cfg"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
-Replacement = str | Callable[[re.Match[str]], str]
-
-_HEAD_KEYS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight")
 
 
 class CheckpointedFeatures(FeatureGetterNet):
@@ -74,40 +71,6 @@ def published_cfg(
     return {**defaults, **kwargs}
 
 
-def rename_keys(state_dict: Mapping[str, Tensor], rules: Sequence[tuple[str, Replacement]]) -> StateDict:
-    """A state_dict whose keys went through `re.sub` of every rule (pattern, replacement), in that order.
-
-    Raises:
-        RuntimeError: two keys end up with one name.
-    """
-    renamed: StateDict = {}
-    origin: dict[str, str] = {}
-    for key, value in state_dict.items():
-        name = key
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if name in renamed:
-            raise RuntimeError(f"the checkpoint's keys {origin[name]} and {key} both mean {name}")
-        renamed[name], origin[name] = value, key
-    return renamed
-
-
-def fit_pointwise(state_dict: Mapping[str, Tensor], model: nn.Module) -> StateDict:
-    """A state_dict whose weights of 1x1 convolutions and Linear layers have the shape that the model has for them."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    fitted: StateDict = {}
-    for key, value in state_dict.items():
-        shape = shapes.get(key, value.shape)
-        matrix = {len(shape), value.ndim} == {2, 4} and shape[:2] == value.shape[:2]
-        fitted[key] = value.reshape(shape) if matrix and shape.numel() == value.numel() else value
-    return fitted
-
-
-def moved_by(step: int, template: str) -> Callable[[re.Match[str]], str]:
-    """A replacement for `rename_keys`: the template with the number that the pattern's group found, moved by `step`."""
-    return lambda match: template.format(int(match[1]) + step)
-
-
 def build_model(
     model_cls: Callable[..., ModelT],
     variant: str,
@@ -123,8 +86,9 @@ def build_model(
 ) -> ModelT:
     """Build a variant through timm, loading a checkpoint strictly when `pretrained`.
 
-    A checkpoint's head of another size than the configuration's is an error that names both sizes; with `num_classes`
-    given, the head is loaded where the sizes agree and fresh where they do not.
+    The checkpoint may be in any of the family's dialects (`zoo.models.dialects`). A checkpoint's head of another size
+    than the configuration's is an error that names both sizes; with `num_classes` given, the head is loaded where the
+    sizes agree and fresh where they do not. With `features_only` it may be a backbone alone.
 
     Of timm's arguments, `output_stride` must be the model's own unless the class is one of timm's, which dilate; with
     `features_only` a `feature_cls` that watches modules ("hook", "fx", "list", "dict") gives and declares the layout
@@ -133,24 +97,42 @@ def build_model(
     Raises:
         ValueError: the model has another output_stride, or norms on its features, which only "getter" applies.
         FileNotFoundError: the checkpoint file does not exist.
-        RuntimeError: the checkpoint's keys or shapes do not fit the model; the first ones of both sides are listed.
+        CheckpointError: the checkpoint's keys or shapes do not fit the model; one line with the first of both sides.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    checkpoint: StateDict | None = None
+    match: Match | None = None
+
+    def recognised(checkpoint: Any) -> Match:
+        probe = build_model_with_cfg(
+            model_cls,
+            variant,
+            False,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay={k: v for k, v in overlay.items() if k != "state_dict"},
+            **{
+                **{k: v for k, v in kwargs.items() if k != "feature_cls"},
+                "num_classes": kwargs.get("num_classes") or cfg["num_classes"] or 1000,
+                "device": "meta",
+            },
+        )
+        return _recognise(variant, cfg, checkpoint, probe, features_only)
+
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
         checkpoint = _read_source(cfg)
         if checkpoint is not None:
-            overlay["num_classes"] = _head_size(variant, cfg, checkpoint, kwargs.get("num_classes"), features_only)
+            match = recognised(checkpoint)
+            overlay["num_classes"] = _head_size(variant, cfg, match, kwargs.get("num_classes"), features_only)
             overlay["state_dict"] = {"": torch.empty(0)}  # timm then calls the filter, which has the real one
 
     def strict_filter(state_dict: StateDict, model: nn.Module) -> StateDict:
-        state_dict = checkpoint if checkpoint is not None else unwrap_checkpoint(state_dict)
-        if filter_fn is not None:
-            state_dict = filter_fn(state_dict, model)
-        state_dict = fit_pointwise(state_dict, model)  # a classifier of pixels is a convolution
-        _check_keys(variant, state_dict, model)
-        return state_dict
+        found = match or recognised(state_dict)
+        state = found.state() if filter_fn is None else filter_fn(found.state(), model)
+        own = model.state_dict()
+        fresh = [*found.initial, *found.missing]  # what may be missing, or `recognised` had refused it
+        state = fit_pointwise({**{name: own[name] for name in fresh if name in own}, **state}, own)
+        _check_keys(variant, state, model)
+        return state
 
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": CheckpointedFeatures, **(feature_cfg or {})}
     if features_only:
@@ -198,34 +180,68 @@ def _watches_modules(feature_cls: Any) -> bool:
     return isinstance(feature_cls, type) and issubclass(feature_cls, watching)
 
 
-def _read_source(cfg: dict[str, Any]) -> StateDict | None:
+def _read_source(cfg: dict[str, Any]) -> Any:
     """The checkpoint that a configuration names as a file or address; None where timm reads the source itself."""
-    if cfg.get("state_dict") or cfg.get("source") in ("hf-hub", "local-dir"):
+    if cfg.get("state_dict"):
+        return cfg["state_dict"]
+    if cfg.get("source") in ("hf-hub", "local-dir"):
         return None
     if cfg.get("file"):
-        return read_checkpoint(cfg["file"])
+        return read_source(cfg["file"])
     if cfg.get("url") and not cfg.get("hf_hub_id"):
         if "/folders/" in cfg["url"]:
             raise RuntimeError(
                 f"{cfg.get('architecture')}: the checkpoint was published in a folder that only a browser opens, "
                 f"{cfg['url']}; fetch it there and pass pretrained_cfg_overlay={{'file': PATH}}"
             )
-        return read_checkpoint(download_cached_file(cfg["url"]))
+        return read_source(download_cached_file(cfg["url"]))
     return None
 
 
-def _head_size(variant: str, cfg: dict[str, Any], state_dict: StateDict, asked: int | None, features_only: bool) -> int:
+def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _recognise(variant: str, cfg: Mapping[str, Any], checkpoint: Any, probe: nn.Module, features_only: bool) -> Match:
+    """The checkpoint's reading as this model, which a probe on the meta device stands for."""
+    classifier = tuple(f"{name}." for name in _names(cfg.get("classifier")))
+    own = probe.state_dict()
+    dense = any(".out_norm." in name for name in own)
+    match = recognise(
+        checkpoint,
+        own,
+        dialects_of(probe),
+        f"{variant}: the checkpoint does not fit;",
+        optional=lambda name: name.startswith((*classifier, "norm.", "head.") if features_only else classifier),
+        droppable=lambda name: features_only or dense and name.startswith(("norm.", "head.")),
+    )
+    head = {name: match.shape(name) for name in match.sources if name.startswith(classifier)}
+    classes = {shape[:1] for shape in head.values()}
+    wrong = [name for name, shape in head.items() if len(classes) > 1 or shape[1:] != own[name].shape[1:]]
+    if wrong:
+        raise CheckpointError(
+            f"{variant}: the checkpoint does not fit; its classifier has another shape, "
+            + "; ".join(f"{name}: {head[name]} in the file, {tuple(own[name].shape)} in the model" for name in wrong)
+        )
+    return match
+
+
+def _head_size(variant: str, cfg: dict[str, Any], match: Match, asked: int | None, features_only: bool) -> int:
     """The class count that timm shall take for the checkpoint's own."""
-    classifier = cfg.get("classifier")
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    keys = [f"{n}.weight" for n in names] + list(_HEAD_KEYS)
-    found = next((state_dict[k].shape[0] for k in keys if k in state_dict), None)
     expected: int = cfg["num_classes"]
-    if found is None:
-        return expected
+    state = match.place.flat
+    keys = [match.sources[f"{n}.weight"][0] for n in _names(cfg.get("classifier")) if f"{n}.weight" in match.sources]
+    if not keys:
+        if asked is None and expected and not features_only:
+            raise CheckpointError(
+                f"{variant}: the checkpoint has no classifier; pass num_classes=0 for a model without one, or "
+                "num_classes=N for a fresh one"
+            )
+        return asked if asked is not None else expected
+    found = state[keys[0]].shape[0]
     follows = published_figures(cfg).get("head") == "from file"
     if found != expected and asked is None and not features_only and not follows:
-        raise RuntimeError(
+        raise CheckpointError(
             f"{variant}: the checkpoint's head has {found} classes, the model's {expected}; "
             f"pass num_classes={found} to load that head, or another num_classes for a fresh one"
         )
@@ -235,9 +251,10 @@ def _head_size(variant: str, cfg: dict[str, Any], state_dict: StateDict, asked: 
 def _check_keys(variant: str, state_dict: StateDict, model: nn.Module) -> None:
     """Raise unless the state_dict has exactly the model's keys and shapes, the classifier and input stem apart."""
     cfg = getattr(model, "pretrained_cfg", {})
-    free = cfg.get("classifier") or ()
-    free = tuple(f"{n}." for n in ((free,) if isinstance(free, str) else free))
-    stems = cfg.get("first_conv") or ()
-    stems = tuple(f"{n}.weight" for n in ((stems,) if isinstance(stems, str) else stems))
-    headline = f"{variant}: the checkpoint does not fit."
-    check_state_dict(headline, state_dict, model.state_dict(), free=free, any_shape=stems)
+    check_state_dict(
+        f"{variant}: the checkpoint does not fit;",
+        state_dict,
+        model.state_dict(),
+        free=[f"{name}." for name in _names(cfg.get("classifier"))],
+        any_channels=[f"{name}.weight" for name in _names(cfg.get("first_conv"))],
+    )

@@ -26,8 +26,9 @@ from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.routing.layout import from_regions, to_regions
 from zoo.ops.scriptable import routing_attention, routing_index
 
-from ._build import build_model, fit_pointwise, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
+from .dialects import OURS, Dialect, rename
 
 __all__ = ["BiFormer", "BiLevelRoutingAttention"]
 
@@ -372,16 +373,29 @@ class BiFormer(Pyramid):
         self.apply(init_linear)
 
 
-_RENAMED = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^extra_norms\.(\d+)\.", r"stages.\1.out_norm."),
-    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
-    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
-    (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.[23]\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+def _original(name: str, blocks: str, qkv: str, proj: str) -> Dialect:
+    """The original's names; its blocks with plain attention call the projections as we do."""
+    return Dialect(
+        name,
+        (
+            (r"^stem\.", "downsample_layers.0."),
+            (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+            (r"^stages\.(\d+)\.out_norm\.", r"extra_norms.\1."),
+            (r"^stages\.(\d+)\.blocks\.", blocks),
+            (r"\.attn\.qkv\.", f".attn.<{qkv}|qkv>."),
+            (r"\.attn\.proj\.", f".attn.<{proj}|proj>."),
+            (r"\.mlp\.fc1\.", ".mlp.0."),
+            (r"\.mlp\.fc2\.", ".mlp.<2|3>."),
+            (r"^head\.fc\.", "head."),
+        ),
+    )
+
+
+DIALECTS = (
+    OURS,
+    _original("the original", r"stages.\1.", "qkv.qkv", "wo"),
+    _original("the original's STL", r"stages.\1.blocks.", "qkv.qkv", "wo"),
+    _original("the original's NCHW form", r"stages.\1.blocks.", "qkv_linear", "output_linear"),
 )
 
 
@@ -392,7 +406,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     outputs stay fresh.
     """
     own = model.state_dict()
-    renamed = fit_pointwise(rename_keys(state_dict, _RENAMED), model)
+    renamed = rename(state_dict, model)
     for key, value in own.items():  # files written by very old PyTorch lack these counters
         if key.endswith("num_batches_tracked"):
             renamed.setdefault(key, value)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from zoo.ops.maps import crop_map, is_symbolic, pad_map
 from zoo.ops.scriptable import channel_attention, channel_attention_qkvpacked, window_attention_qkvpacked
 
-from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
+from .dialects import Dialect, moved_by, rename
 
 __all__ = ["DaViT"]
 
@@ -251,36 +252,84 @@ class DaViT(Pyramid):
         self.apply(init_linear)
 
 
-# the original's names and Florence-2's; timm's are ours, but for the names of a pair's blocks in its Florence-2
-_RENAMED = (
-    (r"^(?:patch_embeds|convs)\.0\.proj\.", "stem.conv."),
-    (r"^(?:patch_embeds|convs)\.0\.", "stem."),
-    (r"^(?:patch_embeds|convs)\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
-    (r"^(?:patch_embeds|convs)\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^(?:main_blocks|blocks)\.(\d+)\.", r"stages.\1.blocks."),
-    (r"\.spatial_block\.", ".0."),
-    (r"\.channel_block\.", ".1."),
-    (r"\.cpe\.([01])\.", moved_by(1, ".cpe{}.")),
-    (r"\.(?:window|channel)_attn\.norm\.", ".norm1."),
-    (r"\.(?:window|channel)_attn\.fn\.", ".attn."),
-    (r"\.ffn\.norm\.", ".norm2."),
-    (r"\.ffn\.fn\.net\.", ".mlp."),
-    (r"\.conv([12])\.fn\.dw\.", r".cpe\1.proj."),
-    (r"^norms\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+_PAIRS = (
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.0\.", r"stages.\1.blocks.\2.spatial_block."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.1\.", r"stages.\1.blocks.\2.channel_block."),
+)
+_OUT_NORMS = (r"^stages\.(\d+)\.out_norm\.", r"norm\1.")
+
+
+def _tower(name: str, conv: str, rules: tuple[tuple[str, str], ...]) -> Dialect:
+    """The image tower of Florence-2, which ends with the last map: the norm of our head keeps its initial values."""
+    embeddings = (
+        (r"^stem\.", "convs.0."),
+        (r"^stages\.(\d+)\.downsample\.", r"convs.\1."),
+        (r"^(convs\.\d+)\.conv\.", rf"\1.{conv}."),
+        (r"^stages\.(\d+)\.blocks\.", r"blocks.\1."),
+    )
+    return Dialect(name, (*_PAIRS, *embeddings, *rules), absent=r"^head\.norm\.")
+
+
+_MMPRETRAIN = (
+    *_PAIRS,
+    _OUT_NORMS,
+    (r"^stem\.conv\.", "patch_embed.projection."),
+    (r"^stem\.", "patch_embed."),
+    (r"\.downsample\.conv\.", ".downsample.projection."),
+    (r"^stages\.(\d+)\.downsample\.", moved_by(-1, "stages.{}.downsample.")),
+    (r"\.spatial_block\.attn\.", ".spatial_block.attn.w_msa."),
+    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+    (r"^head\.norm\.", "norm3."),
+)
+
+DIALECTS = (
+    Dialect("timm, whose names are ours"),
+    Dialect(
+        "the original",
+        (
+            (r"^stem\.", "stages.0.downsample."),
+            (r"^stages\.(\d+)\.downsample\.conv\.", r"patch_embeds.\1.proj."),
+            (r"^stages\.(\d+)\.downsample\.", r"patch_embeds.\1."),
+            (r"^stages\.(\d+)\.blocks\.", r"main_blocks.\1."),
+            _OUT_NORMS,
+            (r"\.cpe([12])\.", moved_by(-1, ".cpe.{}.")),
+            (r"^head\.norm\.", "norms."),
+            (r"^head\.fc\.", "head."),
+        ),
+    ),
+    Dialect("timm's Florence-2, and ours before 0.1", _PAIRS),
+    _tower(
+        "Florence-2's own code",
+        "proj",
+        (
+            (r"\.spatial_block\.norm1\.", ".spatial_block.window_attn.norm."),
+            (r"\.channel_block\.norm1\.", ".channel_block.channel_attn.norm."),
+            (r"\.spatial_block\.attn\.", ".spatial_block.window_attn.fn."),
+            (r"\.channel_block\.attn\.", ".channel_block.channel_attn.fn."),
+            (r"\.norm2\.", ".ffn.norm."),
+            (r"\.mlp\.", ".ffn.fn.net."),
+            (r"\.cpe([12])\.proj\.", r".conv\1.fn.dw."),
+        ),
+    ),
+    _tower(
+        "transformers' Florence-2",
+        "conv",
+        (
+            (r"\.spatial_block\.attn\.", ".spatial_block.window_attn."),
+            (r"\.channel_block\.attn\.", ".channel_block.channel_attn."),
+            (r"\.mlp\.", ".ffn."),
+            (r"\.cpe([12])\.proj\.", r".conv\1."),
+        ),
+    ),
+    Dialect("mmpretrain", (*_MMPRETRAIN, (r"^(?!head\.)", "backbone."))),
+    Dialect("mmpretrain's backbone", _MMPRETRAIN),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours; of Florence-2's file the image tower."""
-    tower = {k.removeprefix("vision_tower."): v for k, v in state_dict.items() if k.startswith("vision_tower.")}
-    renamed = rename_keys(tower or state_dict, _RENAMED)
-    if tower:
-        # Florence-2's file ends with the last map: the norm of our head keeps its initial values.
-        for k, v in model.state_dict().items():
-            if k.startswith("head.norm."):
-                renamed.setdefault(k, v)
-    return renamed
+    """Any dialect's names to ours; of Florence-2's file the image tower."""
+    return rename(state_dict, model)
 
 
 def _cfg(url: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from zoo.ops.maps import pad_map
 
 from ._build import build_model, published_cfg
 from ._pyramid import NormLayer, PatchEmbed
-from .nat import NAT, checkpoint_filter_fn
+from .dialects import OURS
+from .nat import NAT, checkpoint_filter_fn, original
 
 __all__ = ["DiNATS"]
 
@@ -66,6 +67,9 @@ class DiNATS(NAT):
         layers = {"embed_layer": partial(PatchEmbed, patch_size=patch_size), "downsample_layer": PatchMerging}
         sizes: dict[str, Any] = {"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads}
         super().__init__(**sizes, mlp_ratio=mlp_ratio, **{**layers, **kwargs})
+
+
+DIALECTS = (OURS, original("layers"))
 
 
 def _cfg(path: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from zoo.ops.scriptable import halo_attention
 
 from ._build import build_model, published_cfg
 from ._pyramid import CeilAvgPool2d, FamilyFacts, as_asked, as_format, check_output_fmt
+from .dialects import Dialect, rename
 
 __all__ = ["HaloNet"]
 
@@ -313,9 +314,12 @@ class HaloNet(FamilyFacts, ByobNet):
         return final, [as_format(m, False, output_fmt) for m in as_asked(maps, take)]
 
 
+DIALECTS = (Dialect("timm, whose names are ours"),)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's keys are ours; BoTNet's position tables are interpolated to the model's map."""
-    state_dict = dict(state_dict)
+    state_dict = rename(state_dict, model)
     for name, module in model.named_modules():
         if isinstance(module, BottleneckAttention):
             for table in ("height_rel", "width_rel"):

@@ -32,8 +32,9 @@ from torchvision import ops as _torchvision_ops  # noqa: F401  (registers torch.
 from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.scriptable import window_attention_qkvpacked
 
-from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import DropPath, PatchEmbed, Pyramid, Stage, init_linear, stage_rates
+from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["LITv2"]
 
@@ -291,22 +292,27 @@ class LITv2(Pyramid):
         self.apply(init_linear)
 
 
-_RENAMED = (
-    (r"^backbone\.", ""),
-    (r"^patch_embed\.", "stem."),
-    (r"^layers\.(\d+)\.downsample\.norm_layer\.", moved_by(1, "stages.{}.downsample.norm.")),
-    (r"^layers\.(\d+)\.downsample\.", moved_by(1, "stages.{}.downsample.")),
-    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"^(?:norm|out_norms\.)(\d)\.", r"stages.\1.out_norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
+def _original(name: str, out_norm: str) -> Dialect:
+    return Dialect(
+        name,
+        (
+            (r"^stem\.", "patch_embed."),
+            (r"^stages\.(\d+)\.out_norm\.", out_norm),
+            (r"\.downsample\.norm\.", ".downsample.norm_layer."),
+            (r"^stages\.(\d+)\.downsample\.", moved_by(-1, "layers.{}.downsample.")),
+            (r"^stages\.", "layers."),
+            (r"\.dwconv\.", ".dwconv.dwconv."),
+            (r"^head\.fc\.", "head."),
+        ),
+    )
+
+
+DIALECTS = (OURS, _original("the original", r"norm\1."), _original("ours, before 0.1", r"out_norms.\1."))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours; of a detector's or segmentor's file the backbone."""
-    backbone = {k: v for k, v in state_dict.items() if k.startswith("backbone.")}
-    return rename_keys(backbone or state_dict, _RENAMED)
+    """Any dialect's names to ours; of a detector's or segmentor's file the backbone."""
+    return rename(state_dict, model)
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 Original: https://github.com/google-research/maxvit (TensorFlow, Apache-2.0), variants `tf`. The variants `rw`, `rmlp`
 and `pm` are those of https://github.com/huggingface/pytorch-image-models (Apache-2.0), whose conversions of the
-original weights these models read too: parameter names and numbers are timm's. A stage halves the map in its first
-block, so it has no downsampling of its own.
+original weights these models read too: parameter names and numbers are timm's. The variant `tv` is torchvision's
+(https://github.com/pytorch/vision, BSD-3-Clause) and gives its numbers; the two biases that it has more are zero there.
+A stage halves the map in its first block, so it has no downsampling of its own.
 
 What differs: attention runs through `zoo.ops.window`, so every input size is accepted (windows and grids that do not
 fill the map see no padding), convolutions run channels-last, and an odd side is pooled over the pixels that are there.
@@ -37,8 +38,9 @@ from torch import Tensor, nn
 from zoo.ops.maps import pad_map, pad_same
 from zoo.ops.scriptable import window_attention_qkvpacked
 
-from ._build import build_model, fit_pointwise, published_cfg
+from ._build import build_model, published_cfg
 from ._pyramid import CeilAvgPool2d, DropPath, Pyramid, Stage, stage_rates
+from .dialects import Dialect, rename
 
 __all__ = ["MaxViT"]
 
@@ -58,15 +60,24 @@ def _conv3x3(in_chs: int, out_chs: int, stride: int, padding: str, **kwargs: Any
 
 
 class Downsample2d(nn.Module):
-    """Mean over 2x2 pixels, then a 1x1 convolution where the width changes."""
+    """Mean over 2x2 pixels, then a 1x1 convolution where the width changes; with overlap over 3x3, and always."""
 
     def __init__(
-        self, in_chs: int, out_chs: int, padding: str = "", bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        in_chs: int,
+        out_chs: int,
+        padding: str = "",
+        bias: bool = True,
+        overlap: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.same = padding == "same"
-        self.pool = nn.AvgPool2d(2) if self.same else CeilAvgPool2d()
-        unchanged = in_chs == out_chs
+        self.same = padding == "same" and not overlap
+        self.pool: nn.Module = nn.AvgPool2d(2) if self.same else CeilAvgPool2d()
+        if overlap:
+            self.pool = nn.AvgPool2d(3, 2, padding=1)
+        unchanged = in_chs == out_chs and not overlap
         self.expand = (
             nn.Identity() if unchanged else nn.Conv2d(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
         )
@@ -91,6 +102,7 @@ class MbConv(nn.Module):
         act: str = "gelu_tanh",
         norm_eps: float = 1e-3,
         padding: str = "",
+        overlap: bool = False,
         drop_path: float = 0.0,
         device: Any = None,
         dtype: Any = None,
@@ -101,7 +113,7 @@ class MbConv(nn.Module):
         mid_chs = make_divisible((out_chs if expand_output else in_chs) * 4)
         self.shortcut: nn.Module = nn.Identity()
         if stride == 2:
-            self.shortcut = Downsample2d(in_chs, out_chs, padding, output_bias, **dd)
+            self.shortcut = Downsample2d(in_chs, out_chs, padding, output_bias, overlap, **dd)
         self.pre_norm = norm_act(in_chs, apply_act=False, **dd)
         self.conv1_1x1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
         self.norm1 = norm_act(mid_chs, **dd)
@@ -218,6 +230,7 @@ class Attention(nn.Module):
         grid: bool,
         dim_head: int = 32,
         head_first: bool = False,
+        width_scale: bool = False,
         rel_pos: Callable[..., RelPosTable | RelPosMlp] = RelPosTable,
         proj_drop: float = 0.0,
         attn_backend: str | None = None,
@@ -231,6 +244,7 @@ class Attention(nn.Module):
         self.num_heads = dim // dim_head
         self.dim_head = dim_head
         self.head_first = head_first
+        self.scale = (dim if width_scale else dim_head) ** -0.5
         self.partition_size = partition_size
         self.grid = grid
         self.attn_backend = attn_backend
@@ -252,7 +266,12 @@ class Attention(nn.Module):
         else:
             qkv = qkv.view(B, H, W, 3, self.num_heads, self.dim_head)
         x = window_attention_qkvpacked(
-            qkv, self.partition_size, grid=self.grid, bias=self.rel_pos(), backend=self.attn_backend
+            qkv,
+            self.partition_size,
+            grid=self.grid,
+            bias=self.rel_pos(),
+            scale=self.scale,
+            backend=self.attn_backend,
         )
         return self.proj_drop(self.proj(x.flatten(3)))  # (B, H, W, dim_out)
 
@@ -384,10 +403,12 @@ class MaxViT(Pyramid):
         expand_output: MBConv expands to four times its output, not input, width.
         output_bias: bias in MBConv's last convolution and shortcut.
         se_ratio: squeeze-and-excitation width relative to the output width (the expanded one without expand_output).
+        overlap: the shortcut of a stage's first block pools 3x3 pixels and always projects, as torchvision's does.
         conv_act, conv_norm_eps, padding: activation, BatchNorm epsilon, padding ("" or "same") of convolutions.
         act, norm_eps: MLP activation and LayerNorm epsilon of the attention blocks.
         dim_head: width of a head.
         head_first: order of the qkv channels, (heads, 3, dim) in place of (3, heads, dim).
+        width_scale: scores are divided by the root of the width, not of a head's width, as torchvision's are.
         rel_pos: "table" (the original's), "bias" (Swin's) or "mlp".
         rel_pos_dim: hidden width of the "mlp" bias.
         init_values: initial layer scale, None for none.
@@ -422,10 +443,12 @@ class MaxViT(Pyramid):
         conv_act: str = "gelu_tanh",
         conv_norm_eps: float = 1e-3,
         padding: str = "same",
+        overlap: bool = False,
         act: str = "gelu_tanh",
         norm_eps: float = 1e-5,
         dim_head: int = 32,
         head_first: bool = False,
+        width_scale: bool = False,
         rel_pos: str = "table",
         rel_pos_dim: int = 512,
         init_values: float | None = None,
@@ -460,6 +483,7 @@ class MaxViT(Pyramid):
             "act": conv_act,
             "norm_eps": conv_norm_eps,
             "padding": padding,
+            "overlap": overlap,
         }
         attn = {
             "act": act,
@@ -469,6 +493,7 @@ class MaxViT(Pyramid):
             "partition_size": partition,
             "dim_head": dim_head,
             "head_first": head_first,
+            "width_scale": width_scale,
             "rel_pos": rel_pos_cls,
             "attn_backend": attn_backend,
         }
@@ -523,8 +548,44 @@ def _init_weights(module: nn.Module, name: str) -> None:
             nn.init.zeros_(module.bias)
 
 
+DIALECTS = (
+    Dialect("timm, whose names are ours"),
+    Dialect(
+        "torchvision",
+        (
+            (r"^stem\.conv1\.", "stem.0.0."),
+            (r"^stem\.norm1\.", "stem.0.1."),
+            (r"^stem\.conv2\.", "stem.1.0."),
+            (r"^stages\.(\d+)\.blocks\.(\d+)\.conv\.", r"blocks.\1.layers.\2.layers.MBconv.layers."),
+            (r"\.layers\.shortcut\.expand\.", ".proj.1."),
+            (r"\.conv1_1x1\.", ".conv_a.0."),
+            (r"(\.MBconv\.layers)\.norm1\.", r"\1.conv_a.1."),
+            (r"\.conv2_kxk\.", ".conv_b.0."),
+            (r"(\.MBconv\.layers)\.norm2\.", r"\1.conv_b.1."),
+            (r"\.se\.", ".squeeze_excitation."),
+            (r"\.conv3_1x1\.", ".conv_c."),
+            (r"^stages\.(\d+)\.blocks\.(\d+)\.attn_block\.", r"blocks.\1.layers.\2.layers.window_attention."),
+            (r"^stages\.(\d+)\.blocks\.(\d+)\.attn_grid\.", r"blocks.\1.layers.\2.layers.grid_attention."),
+            (r"(_attention)\.norm1\.", r"\1.attn_layer.0."),
+            (r"(_attention)\.attn\.qkv\.", r"\1.attn_layer.1.to_qkv."),
+            (r"(_attention)\.attn\.proj\.", r"\1.attn_layer.1.merge."),
+            (r"(_attention)\.attn\.rel_pos\.", r"\1.attn_layer.1."),
+            (r"(_attention)\.norm2\.", r"\1.mlp_layer.0."),
+            (r"(_attention)\.mlp\.fc1\.", r"\1.mlp_layer.1."),
+            (r"(_attention)\.mlp\.fc2\.", r"\1.mlp_layer.3."),
+            (r"^head\.norm\.", "classifier.2."),
+            (r"^head\.pre_logits\.fc\.", "classifier.3."),
+            (r"^head\.fc\.", "classifier.5."),
+        ),
+        ignored=r"\.relative_position_index$",
+        zero=r"^(?:stem\.conv1|head\.fc)\.bias$",
+    ),
+)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's state_dict for this model: bias tables in its size, linear and 1x1 convolution weights in its shape."""
+    """Any dialect's names to ours, bias tables in the model's size, linear and 1x1 convolution weights in its shape."""
+    state_dict = rename(state_dict, model)
     own = model.state_dict()
     out = {}
     for k, v in state_dict.items():
@@ -533,7 +594,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             if v.shape != own[k].shape and v.ndim == own[k].ndim:
                 v = rel_pos.resized(v, rel_pos.window)
         out[k] = v
-    return fit_pointwise(out, model)
+    return out
 
 
 def _cfg(
@@ -615,6 +676,17 @@ default_cfgs = generate_default_cfgs(
     {
         **{f"zoo_{name}": {**cfg, "hf_hub_id": f"timm/{name}"} for name, cfg in _PUBLISHED.items()},
         **{f"zoo_{name}.untrained": cfg for name, cfg in _UNTRAINED.items()},
+        "zoo_maxvit_tiny_tv_224.tv_in1k": _cfg(
+            224,
+            83.7,
+            "31M",
+            "5.6G",
+            **_STATS,
+            url="https://download.pytorch.org/models/maxvit_t-bc5ab103.pth",
+            crop_pct=1.0,
+            license="bsd-3-clause",
+            origin_url="https://github.com/pytorch/vision",
+        ),
     }
 )
 
@@ -638,6 +710,15 @@ _NANO: dict[str, Any] = {"depths": (1, 2, 3, 1)}
 _SMALL: dict[str, Any] = {"embed_dims": (96, 192, 384, 768)}
 _BASE: dict[str, Any] = {"embed_dims": (96, 192, 384, 768), "depths": (2, 6, 14, 2), "head_hidden_size": 768}
 _TINY_TF: dict[str, Any] = {"head_hidden_size": 512}
+_TINY_TV: dict[str, Any] = {
+    "head_hidden_size": 512,
+    "conv_act": "gelu",
+    "padding": "",
+    "overlap": True,
+    "act": "gelu",
+    "width_scale": True,
+    "rel_pos": "bias",
+}
 _SMALL_TF: dict[str, Any] = {**_SMALL, "head_hidden_size": 768}
 _LARGE_TF: dict[str, Any] = {
     "embed_dims": (128, 256, 512, 1024),
@@ -722,6 +803,11 @@ def zoo_maxvit_rmlp_base_rw_384(pretrained: bool = False, **kwargs: Any) -> MaxV
 @register_model
 def zoo_maxvit_tiny_tf_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     return _create("zoo_maxvit_tiny_tf_224", pretrained, _TINY_TF, 224, kwargs)
+
+
+@register_model
+def zoo_maxvit_tiny_tv_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    return _create("zoo_maxvit_tiny_tv_224", pretrained, _TINY_TV, 224, kwargs)
 
 
 @register_model

@@ -26,8 +26,9 @@ from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.neighborhood.reference import axis_windows
 from zoo.ops.scriptable import neighborhood_attention_qkvpacked
 
-from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import DropPath, NormLayer, Pyramid, Stage, init_linear, stage_rates
+from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["NAT"]
 
@@ -331,19 +332,57 @@ class NAT(Pyramid):
         self.apply(init_linear)
 
 
-# NAT and DiNAT say levels, DiNAT_s layers, and both end a stage with its downsampling
-_RENAMED = (
-    (r"^patch_embed\.", "stem."),
-    (r"^(?:levels|layers)\.(\d+)\.downsample\.", moved_by(1, "stages.{}.downsample.")),
-    (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+def original(stages: str) -> Dialect:
+    """The original's names, which end a stage with its downsampling; DiNAT_s calls the stages otherwise."""
+    return Dialect(
+        "the original",
+        (
+            (r"^stem\.", "patch_embed."),
+            (r"^stages\.(\d+)\.downsample\.", moved_by(-1, "stages.{}.downsample.")),
+            (r"^stages\.(\d+)\.out_norm\.", r"norm\1."),
+            (r"^stages\.", f"{stages}."),
+            (r"\.ls([12])\.gamma$", r".gamma\1"),
+            (r"^head\.fc\.", "head."),
+        ),
+    )
+
+
+_TRANSFORMERS = (
+    (r"^stem\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^stem\.", "embeddings."),
+    (r"^stages\.(\d+)\.downsample\.", moved_by(-1, "encoder.levels.{}.downsample.")),
+    (r"^stages\.(\d+)\.out_norm\.", moved_by(1, "hidden_states_norms.stage{}.")),
+    (r"^stages\.(\d+)\.blocks\.", r"encoder.levels.\1.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.rpb$", ".attention.self.rpb"),
+    (r"\.attn\.qkv\.", ".attention.self.{query,key,value}."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.ls1\.gamma$", ".layer_scale_parameters[0]"),
+    (r"\.ls2\.gamma$", ".layer_scale_parameters[1]"),
+    (r"^norm\.", "layernorm."),
+    (r"^head\.fc\.", "classifier."),
+)
+
+DIALECTS = (
+    OURS,
+    original("levels"),
+    *(
+        Dialect(
+            f"transformers' {name.capitalize()}ForImageClassification",
+            (*_TRANSFORMERS, (r"^(?!classifier)", f"{name}.")),
+        )
+        for name in ("nat", "dinat")
+    ),
+    Dialect("transformers' NatModel and NatBackbone", _TRANSFORMERS),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours; bias tables of another kernel or map size are resized."""
-    renamed = rename_keys(state_dict, _RENAMED)
+    """Any dialect's names to ours; bias tables of another kernel or map size are resized."""
+    renamed = rename(state_dict, model)
     own = {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith("attn.rpb")}
     return {
         name: resize_table(value, own[name][1], own[name][2])

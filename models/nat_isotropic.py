@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from zoo.ops.maps import is_symbolic
 
-from . import nat
-from ._build import build_model, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import (
     NormLayer,
     PatchEmbed,
@@ -40,7 +39,16 @@ from ._pyramid import (
     init_linear,
     stage_rates,
 )
-from .nat import Block, NeighborhoodAttention, check_image_size, per_block, per_stage, resize_table
+from .dialects import OURS, Dialect
+from .nat import (
+    Block,
+    NeighborhoodAttention,
+    check_image_size,
+    checkpoint_filter_fn,
+    per_block,
+    per_stage,
+    resize_table,
+)
 
 __all__ = ["NATIsotropic"]
 
@@ -252,10 +260,19 @@ class NATIsotropic(Pyramid):
         return take
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours, without the index buffer; bias tables of another size are resized."""
-    kept = {k: v for k, v in state_dict.items() if not k.endswith(".relative_position_index")}
-    return nat.checkpoint_filter_fn(rename_keys(kept, [(r"^layers\.(\d+)\.", r"stages.0.blocks.\1.")]), model)
+DIALECTS = (
+    OURS,
+    Dialect(
+        "the original",
+        (
+            (r"^stem\.", "patch_embed."),
+            (r"^stages\.0\.blocks\.", "layers."),
+            (r"\.ls([12])\.gamma$", r".gamma\1"),
+            (r"^head\.fc\.", "head."),
+        ),
+        ignored=r"\.relative_position_index$",
+    ),
+)
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:

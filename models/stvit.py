@@ -25,8 +25,9 @@ from torch import Tensor
 
 from zoo.ops.scriptable import super_token_mapping, super_token_sampling
 
-from ._build import build_model, fit_pointwise, moved_by, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
+from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["STViT"]
 
@@ -263,23 +264,27 @@ class STViT(Pyramid):
         init_linear(self.head.fc)  # the original's other matrices are 1x1 convolutions, with their initial values
 
 
-_RENAMED = (
-    (r"^patch_embed\.proj\.", "stem."),
-    (r"^layers\.(\d+)\.downsample\.proj\.", moved_by(1, "stages.{}.downsample.")),
-    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"\bnorm1\.norm\.", "norm1."),
-    (r"\bmlp2\.", "mlp."),
-    (r"\bgamma_([12])$", r"ls\1.gamma"),
-    (r"^(?:head\.)?(proj|norm)\.(?!proj\.|norm\.)", r"norm.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+_ORIGINAL = (
+    (r"^stem\.", "patch_embed.proj."),
+    (r"^stages\.(\d+)\.downsample\.", moved_by(-1, "layers.{}.downsample.proj.")),
+    (r"^stages\.", "layers."),
+    (r"\bmlp\.", "mlp2."),
+    (r"\bls([12])\.gamma$", r"gamma_\1"),
+    (r"^head\.fc\.", "head."),
+    (r"^norm\.(proj|norm)\.", r"\1."),
+)
+
+DIALECTS = (
+    OURS,
+    Dialect("the original", ((r"\bnorm1\.", "norm1.norm."), *_ORIGINAL), ignored=r"\.(?:unfold|fold)\.weights$"),
+    Dialect("ours, before 0.1", _ORIGINAL),
+    Dialect("ours, when the head had the projection", ((r"^norm\.(proj|norm)\.", r"head.\1."),)),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours, without the constants; 1x1 convolutions are Linear layers here."""
-    constants = (".unfold.weights", ".fold.weights")
-    renamed = rename_keys({k: v for k, v in state_dict.items() if not k.endswith(constants)}, _RENAMED)
-    return fit_pointwise(renamed, model)
+    """Any dialect's names to ours, without the constants."""
+    return rename(state_dict, model)
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from zoo.ops.scriptable import large_kernel_attention
 
-from ._build import build_model, moved_by, published_cfg, rename_keys
+from ._build import build_model, published_cfg
 from ._modules import is_plain_conv
 from ._pyramid import DropPath, Pyramid, Stage, stage_rates
+from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["VAN"]
 
@@ -205,24 +206,69 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# the original counts stages from 1, and its first embedding is our stem
-_RENAMED = (
-    (r"^backbone\.", ""),
-    (r"^(?:patch_embed1|stages\.0\.patch_embed)\.", "stem."),
-    (r"^patch_embed(\d+)\.", moved_by(-1, "stages.{}.downsample.")),
-    (r"^block(\d+)\.", moved_by(-1, "stages.{}.blocks.")),
-    (r"^norm(\d+)\.", moved_by(-1, "stages.{}.norm.")),
-    (r"\.patch_embed\.", ".downsample."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+_SCALES = (r"\.ls([12])\.gamma$", r".layer_scale_\1")
+# all but ours count stages from 1, and their first embedding is our stem
+_MMPRETRAIN = (
+    (r"^stem\.proj\.", "patch_embed1.projection."),
+    (r"^stem\.", "patch_embed1."),
+    (r"^stages\.(\d+)\.downsample\.proj\.", moved_by(1, "patch_embed{}.projection.")),
+    (r"^stages\.(\d+)\.downsample\.", moved_by(1, "patch_embed{}.")),
+    (r"^stages\.(\d+)\.blocks\.", moved_by(1, "blocks{}.")),
+    (r"^stages\.(\d+)\.norm\.", moved_by(1, "norm{}.")),
+    (r"\.conv0\.", ".DW_conv."),
+    (r"\.conv_spatial\.", ".DW_D_conv."),
+    _SCALES,
+)
+_TRANSFORMERS = (
+    (r"^stem\.", "stages.0.downsample."),
+    (r"\.downsample\.proj\.", ".embeddings.convolution."),
+    (r"\.downsample\.norm\.", ".embeddings.normalization."),
+    (r"^stages\.(\d+)\.norm\.", r"stages.\1.normalization."),
+    (r"\.blocks\.", ".layers."),
+    (r"\.norm1\.", ".pre_normomalization."),  # spelt so there
+    (r"\.norm2\.", ".post_normalization."),
+    (r"\.proj_1\.", ".pre_projection.conv."),
+    (r"\.proj_2\.", ".post_projection."),
+    (r"\.spatial_gating_unit\.", ".attention_layer.attention."),
+    (r"\.conv0\.", ".depth_wise."),
+    (r"\.conv_spatial\.", ".depth_wise_dilated."),
+    (r"\.conv1\.", ".point_wise."),
+    (r"\.attn\.", ".attention."),
+    (r"\.mlp\.fc1\.", ".mlp.in_dense."),
+    (r"\.mlp\.dwconv\.", ".mlp.depth_wise."),
+    (r"\.mlp\.fc2\.", ".mlp.out_dense."),
+    (r"\.ls1\.gamma$", ".attention_scaling.weight"),
+    (r"\.ls2\.gamma$", ".mlp_scaling.weight"),
+    (r"^stages\.", "encoder.stages."),
+    (r"^head\.fc\.", "classifier."),
+)
+_UNUSED = r"^(?:van\.)?layernorm\."  # which transformers' forward never calls
+
+DIALECTS = (
+    OURS,
+    Dialect(
+        "the original",
+        (
+            (r"^stem\.", "patch_embed1."),
+            (r"^stages\.(\d+)\.downsample\.", moved_by(1, "patch_embed{}.")),
+            (r"^stages\.(\d+)\.blocks\.", moved_by(1, "block{}.")),
+            (r"^stages\.(\d+)\.norm\.", moved_by(1, "norm{}.")),
+            (r"\.dwconv\.", ".dwconv.dwconv."),
+            _SCALES,
+            (r"^head\.fc\.", "head."),
+        ),
+    ),
+    Dialect("mmpretrain", (*_MMPRETRAIN, (r"^(?!head\.)", "backbone."))),
+    Dialect("mmpretrain's backbone", _MMPRETRAIN),
+    Dialect("transformers' VanForImageClassification", (*_TRANSFORMERS, (r"^(?!classifier)", "van.")), _UNUSED),
+    Dialect("transformers' VanModel", _TRANSFORMERS, _UNUSED),
+    Dialect("ours, before 0.1", ((r"^stem\.", "stages.0.patch_embed."), (r"\.downsample\.", ".patch_embed."), _SCALES)),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published names to ours; of a segmentor's or detector's file the backbone."""
-    backbone = {k: v for k, v in state_dict.items() if k.startswith("backbone.")}
-    return rename_keys(backbone or state_dict, _RENAMED)
+    """Any dialect's names to ours; of a segmentor's or detector's file the backbone."""
+    return rename(state_dict, model)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

@@ -68,8 +68,11 @@ def build_model(
     if img_size is not None and published is not None and published.fixed_input_size:
         options.setdefault("img_size", img_size)
     if isinstance(source, str):
-        if not Path(source).is_file():
-            raise UserError(f"no checkpoint file at {source}; give the path of a .pth, .pt or .safetensors file")
+        if not Path(source).exists():
+            raise UserError(
+                f"no checkpoint file at {source}; give the path of a .pth, .pt, .pkl or .safetensors file, an index of "
+                "shards, or a folder of weights"
+            )
         options["pretrained_cfg_overlay"] = _weights_of(cfg.name, source)
     try:
         model = timm.create_model(cfg.name, pretrained=bool(source), **options)

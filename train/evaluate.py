@@ -17,7 +17,7 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.models.checkpoints import load_plain, read_checkpoint
+from zoo.models.checkpoints import load_plain, read_checkpoint, read_source
 from zoo.train.build import build_model, load_weights
 from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
@@ -27,7 +27,16 @@ from zoo.train.runs import json_text, load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 from zoo.train.stop import TrainingFailed
 
-__all__ = ["Evaluation", "autocast", "check_targets", "evaluate", "evaluate_command", "unreadable_note"]
+__all__ = [
+    "Evaluation",
+    "autocast",
+    "check_head",
+    "check_targets",
+    "evaluate",
+    "evaluate_command",
+    "file_labels",
+    "unreadable_note",
+]
 
 _SHOWN = 20  # unreadable images that are printed; the record holds all
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -142,11 +151,14 @@ def _from_run(cfg: EvalConfig) -> _Source:
     return _Source(model, facts, state.get("label_names"), "the run's training images", ranges)
 
 
-def _file_labels(path: Path) -> list[str] | None:
+def file_labels(path: Path) -> list[str] | None:
     """The class names in a checkpoint of `zoo train`, or beside the weights in an exported folder."""
     try:
-        if path.suffix == ".safetensors":
-            found = json.loads((path.parent / "config.json").read_text()).get("label_names")
+        folder = path if path.is_dir() else path.parent
+        if path.suffix == ".safetensors" or path.is_dir() and (folder / "config.json").is_file():
+            found = json.loads((folder / "config.json").read_text()).get("label_names")
+        elif path.is_dir():
+            found = read_source(path).get("label_names")
         else:
             found = load_plain(path, mmap=True).get("label_names")
     except Exception:  # a file of another program, which the model has taken
@@ -162,7 +174,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _check_head(model: Any, source: str | bool) -> None:
+def check_head(model: Any, source: str | bool) -> None:
     """Raise UserError where the model's head is a fresh one, because the weights have none or one of another size."""
     if isinstance(source, str):
         stored = list(read_checkpoint(source).values()) if not source.endswith((".npz", ".npy")) else None
@@ -194,8 +206,8 @@ def _from_model(cfg: EvalConfig) -> _Source:
             f"model {cfg.model.name} has no weights to evaluate; give run=FOLDER, pretrained=true or pretrained=FILE"
         )
     model: Any = build_model(cfg.model, cfg.model.num_classes, cfg.data.img_size, pretrained=source)
-    _check_head(model, source)
-    names = _file_labels(Path(source)) if isinstance(source, str) else model.pretrained_cfg.get("label_names")
+    check_head(model, source)
+    names = file_labels(Path(source)) if isinstance(source, str) else model.pretrained_cfg.get("label_names")
     if names is not None and len(names) > model.num_classes:
         names = None
     facts = {"weights": source if isinstance(source, str) else "published"}

@@ -1,4 +1,4 @@
-"""`zoo export`: a run's weights in a form that other programs read."""
+"""`zoo export`: the weights of a run, or of a model, in a form that other programs read."""
 
 import json
 import math
@@ -23,11 +23,12 @@ from zoo.errors import UserError, first_line
 from zoo.registry import nearest_names
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
-from zoo.train.config import TRAIN, TrainConfig
+from zoo.train.config import TRAIN, ModelConfig
 from zoo.train.data import resolve_transform
+from zoo.train.evaluate import check_head, file_labels
 from zoo.train.runs import Run, load_run, select_weights
 
-__all__ = ["FORMATS", "ExportConfig", "Exported", "export_run", "main"]
+__all__ = ["FORMATS", "ExportConfig", "Exported", "export", "main"]
 
 _EXPORTER = "attention-zoo"
 _FILES = ("config.json", "model.safetensors", "README.md")  # of an export, in any format
@@ -38,6 +39,9 @@ class ExportConfig:
     """The keys of `zoo export`."""
 
     run: str | None = None  # the run folder
+    model: str | None = None  # or the model's name
+    pretrained: str | None = None  # and its weights; the published ones where null
+    num_classes: int | None = None  # of the head of that file, where it is not the published size
     out: str | None = None  # the folder to write
     format: str = "timm"
     checkpoint: str = "last"  # last, best or previous
@@ -46,8 +50,12 @@ class ExportConfig:
 
 
 _USAGE = """usage: zoo export run=RUN_FOLDER out=DIR [key=value ...]
+       zoo export model=NAME [pretrained=FILE] out=DIR [key=value ...]
 
   run         the run folder that `zoo train` printed
+  model       in place of a run: the model's name
+  pretrained  its weights, in any dialect that is known of it; without, the published ones
+  num_classes how many classes the head in that file has, where it is not the published size
   out         the folder to write; it must not exist, or be empty, unless overwrite=true
   format      timm: model.safetensors, config.json and a model card in timm's hub layout
   checkpoint  last (default), best or previous
@@ -65,10 +73,13 @@ def main(argv: Sequence[str]) -> int:
         print(_USAGE)
         return 0
     config = _parse(argv)
-    if not config.run or not config.out:
-        missing = "run" if not config.run else "out"
-        raise UserError(f"zoo export needs {missing}=FOLDER; `zoo export --help` says more")
-    folder = export_run(load_run(config.run), Path(config.out), config)
+    if not config.run and not config.model or not config.out:
+        missing = "out=FOLDER" if config.run or config.model else "run=FOLDER or model=NAME"
+        raise UserError(f"zoo export needs {missing}; `zoo export --help` says more")
+    alone = [key for key in ("model", "pretrained", "num_classes") if getattr(config, key) is not None]
+    if config.run and alone:
+        raise UserError(f"{alone[0]}= conflicts with run=, which says it; leave one of them out")
+    folder = export(Path(config.out), config)
     print(f'exported to {folder}; timm.create_model("local-dir:{folder}", pretrained=True) loads it after `import zoo`')
     return 0
 
@@ -83,7 +94,7 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
         if key not in known:
             near = nearest_names(key, known) or known
             raise UserError(f"unknown key {key!r}; the nearest keys are {', '.join(near)}")
-        if key in ("run", "out"):  # taken as they are, whatever characters they have
+        if key in ("run", "out", "pretrained"):  # taken as they are, whatever characters they have
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             paths[key] = os.path.expanduser(value[1:-1] if quoted else value)
         else:
@@ -103,29 +114,26 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """What a format writes: a model with a run's weights, and where they come from."""
+    """What a format writes: a model with weights, and what is known of them."""
 
-    run: Run
-    cfg: TrainConfig
+    name: str
     model: torch.nn.Module
-    state: dict[str, Any]  # the checkpoint
-    checkpoint: str  # its name
-    weights: str  # ema or raw
-
-    @property
-    def data_name(self) -> str:
-        """What the run was trained on."""
-        return self.cfg.data.name or "an image folder"
+    data_config: dict[str, Any]  # timm's, of the input
+    facts: dict[str, str]  # rows of the card: what it was trained on, which weights, top-1
+    labels: list[str] | None = None  # names of the classes
+    description: str | None = None  # of weights that are not the published ones
+    config: dict[str, Any] | None = None  # of the training
 
 
-def export_run(run: Run, out: Path, config: ExportConfig) -> Path:
-    """Write a run's weights in a format of FORMATS into a folder, which appears whole or not at all.
+def export(out: Path, config: ExportConfig) -> Path:
+    """Write a run's or a model's weights in a format of FORMATS into a folder, which appears whole or not at all.
 
     Raises:
-        UserError: the run, its checkpoint or its weights are not there, or `out` is taken.
+        UserError: the run, its checkpoint, the model or its weights are not there, or `out` is taken.
     """
+    run = load_run(config.run) if config.run else None
     _check_target(out, run, config.overwrite)
-    exported = _open(run, config)
+    exported = _of_model(config) if run is None else _of_run(run, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -167,7 +175,7 @@ def _exchange(temporary: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_target(out: Path, run: Run, overwrite: bool) -> None:
+def _check_target(out: Path, run: Run | None, overwrite: bool) -> None:
     """Raise UserError unless `out` is new, an empty folder, or, to be overwritten, an earlier export and no more."""
     if out.is_symlink():
         raise UserError(f"out={out} is a link; give the folder itself")
@@ -180,7 +188,11 @@ def _check_target(out: Path, run: Run, overwrite: bool) -> None:
         found = sorted(path.name for path in out.iterdir())
     except OSError as error:
         raise UserError(f"out={out} cannot be read: {error.strerror}; give another folder") from error
-    for name, kept in (("the run", run.path.resolve()), ("the current folder", Path.cwd()), ("home", _home())):
+    for name, kept in (
+        ("the run", run.path.resolve() if run else None),
+        ("the current folder", Path.cwd()),
+        ("home", _home()),
+    ):
         if kept is not None and kept.is_relative_to(place):
             holds = "is" if kept == place else "holds"
             raise UserError(f"out={out} {holds} {name}, which an export never replaces; give another folder")
@@ -212,7 +224,23 @@ def _is_export(folder: Path) -> bool:
     return isinstance(found, dict) and str(found.get("exported_by", "")).startswith(_EXPORTER)
 
 
-def _open(run: Run, config: ExportConfig) -> Exported:
+def _of_model(config: ExportConfig) -> Exported:
+    source = True if config.pretrained in (None, "true") else config.pretrained
+    model: Any = build_model(ModelConfig(name=str(config.model)), config.num_classes, pretrained=source)
+    check_head(model, source)
+    labels = file_labels(Path(source)) if isinstance(source, str) else model.pretrained_cfg.get("label_names")
+    facts = {"trained on": "-", "weights": f"`{Path(source).name}`" if isinstance(source, str) else "published"}
+    return Exported(
+        str(config.model),
+        model.eval(),
+        timm.data.resolve_data_config(model=model),
+        {**facts, "top-1": "not measured"},
+        labels,
+        f"weights of {Path(source).name}" if isinstance(source, str) else None,
+    )
+
+
+def _of_run(run: Run, config: ExportConfig) -> Exported:
     if "detector" in run.config:
         raise UserError(f"{run.path} is a run of `zoo detect`; mmdet's tools take its checkpoints as they are")
     cfg = from_container(run.config, TRAIN)
@@ -223,54 +251,63 @@ def _open(run: Run, config: ExportConfig) -> Exported:
     weights, kind = select_weights(state, config.weights)
     # what regularizes training is no part of the exported model's arguments
     plain = replace(cfg.model, drop_rate=None, drop_path_rate=None, grad_checkpointing=False)
-    model = build_model(plain, state["num_classes"], cfg.data.img_size, pretrained=False)
+    model = build_model(plain, classes, cfg.data.img_size, pretrained=False)
     load_weights(model, weights, f"checkpoint {path}")
-    return Exported(run, cfg, model.eval(), state, path.stem, kind)
+    trained_on = cfg.data.name or "an image folder"
+    return Exported(
+        cfg.model.name,
+        model.eval(),
+        resolve_transform(cfg.data, model, cfg.model.in_chans),
+        {
+            "trained on": f"{trained_on}, {state.get('epoch', 0)} epochs, {state.get('step', 0)} updates",
+            "weights": f"{'averaged (EMA)' if kind == 'ema' else 'raw'}, checkpoint `{path.stem}`",
+            "top-1": _measured(run, state, kind),
+        },
+        state.get("label_names"),
+        f"trained on {trained_on}",
+        run.config,
+    )
 
 
 def _write_timm(exported: Exported, folder: Path) -> None:
     """model.safetensors, config.json and a model card, in timm's hub layout."""
-    # these weights are not the published ones, whose tag and figures the configuration still carries
-    description = f"trained on {exported.data_name}"
-    own: dict[str, Any] = {"pretrained_cfg": {"tag": None, "notes": None, "description": description}}
-    names = exported.state.get("label_names")
-    if isinstance(names, list) and len(names) == exported.state["num_classes"]:
-        own["label_names"] = [str(name) for name in names]
-    shape = resolve_transform(exported.cfg.data, exported.model, exported.cfg.model.in_chans)
+    own: dict[str, Any] = {"exported_by": f"{_EXPORTER} {__version__}"}
+    if exported.description:  # not the published weights, whose tag and figures the configuration still carries
+        own["pretrained_cfg"] = {"tag": None, "notes": None, "description": exported.description}
+    if isinstance(exported.labels, list) and len(exported.labels) == getattr(exported.model, "num_classes", None):
+        own["label_names"] = [str(name) for name in exported.labels]
+    shape = exported.data_config
     data_config = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    own["exported_by"] = f"{_EXPORTER} {__version__}"
     save_for_hf(exported.model, str(folder), model_config=own, safe_serialization=True, data_config=data_config)
     (folder / "README.md").write_text(_card(exported))
 
 
-def _measured(exported: Exported) -> str:
+def _measured(run: Run, state: dict[str, Any], weights: str) -> str:
     """The accuracy of these very weights, from the history in a verified checkpoint; summary.json is not asked."""
-    key = "ema_top1" if exported.weights == "ema" else "top1"
-    for rows in (exported.state.get("history"), _later_rows(exported)):
+    key = "ema_top1" if weights == "ema" else "top1"
+    for rows in (state.get("history"), _later_rows(run)):
         for row in reversed(rows if isinstance(rows, list) else []):
-            value = row.get(key) if isinstance(row, dict) and row.get("step") == exported.state.get("step") else None
+            value = row.get(key) if isinstance(row, dict) and row.get("step") == state.get("step") else None
             if isinstance(value, float | int) and math.isfinite(value):
                 return f"{value:.2f} % on {row.get('held_out', 'the')} held-out images"
     return "not measured"
 
 
-def _later_rows(exported: Exported) -> Any:
+def _later_rows(run: Run) -> Any:
     """What was measured after a checkpoint inside an epoch was written, which the best one of the run may know."""
     with suppress(UserError):
-        return exported.run.checkpoint("best")[1].get("history")
+        return run.checkpoint("best")[1].get("history")
     return None
 
 
 def _card(exported: Exported) -> str:
     """A model card in the hub's form: what it is, what it was trained on, what it scores, how to load it."""
-    name, state, model = exported.cfg.model.name, exported.state, exported.model
-    cfg = timm.models.get_pretrained_cfg(name)
-    parameters = sum(p.numel() for p in model.parameters())
+    cfg = timm.models.get_pretrained_cfg(exported.name)
+    parameters = sum(p.numel() for p in exported.model.parameters())
+    classes = getattr(exported.model, "num_classes", 0)
     facts = {
-        "model": f"`{name}`, {parameters / 1e6:.2f} M parameters, {state['num_classes']} classes",
-        "trained on": f"{exported.data_name}, {state.get('epoch', 0)} epochs, {state.get('step', 0)} updates",
-        "weights": f"{'averaged (EMA)' if exported.weights == 'ema' else 'raw'}, checkpoint `{exported.checkpoint}`",
-        "top-1": _measured(exported),
+        "model": f"`{exported.name}`, {parameters / 1e6:.2f} M parameters, {classes} classes",
+        **exported.facts,
         "paper": (cfg.paper_name if cfg else None) or "-",
         "original code": (cfg.origin_url if cfg else None) or "-",
     }
@@ -283,9 +320,11 @@ def _card(exported: Exported) -> str:
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
         "```",
     ]
-    settings = ["## Training configuration", "```json", json.dumps(exported.run.config, indent=1), "```"]
-    body = [f"# {name}", "", "| | |", "|---|---|", *rows, "", "## Use", *code, "", *settings]
-    return "\n".join([*front, *body, "", f"Written by attention-zoo {__version__}.", ""])
+    settings = ["## Training configuration", "```json", json.dumps(exported.config, indent=1), "```", ""]
+    body = [f"# {exported.name}", "", "| | |", "|---|---|", *rows, "", "## Use", *code, ""]
+    return "\n".join(
+        [*front, *body, *(settings if exported.config else []), f"Written by attention-zoo {__version__}.", ""]
+    )
 
 
 # format=NAME -> what writes it into an empty folder

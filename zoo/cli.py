@@ -59,6 +59,13 @@ def _export(argv: Sequence[str]) -> int:
     return run(list(argv))
 
 
+def _convert(argv: Sequence[str]) -> int:
+    """write any known checkpoint in this package's format: zoo convert FILE out=X.safetensors"""
+    from zoo.convert import main as run
+
+    return run(list(argv))
+
+
 def _list(argv: Sequence[str]) -> int:
     """list models: zoo list 'nat*' 'van_b?'"""
     parser = _Parser(prog="zoo list", description="List the models that zoo registers with timm.")
@@ -143,6 +150,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "detect": _detect,
     "export": _export,
+    "convert": _convert,
     "list": _list,
     "info": _info,
     "doctor": _doctor,

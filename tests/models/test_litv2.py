@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from dialects import written
 from golden import GOLDENS, filled, keys, save_checkpoint
 from timm.models._manipulate import group_parameters
 from torch import Tensor
 
-from zoo.models.litv2 import LITv2, checkpoint_filter_fn
+from zoo.models.litv2 import DIALECTS, LITv2, checkpoint_filter_fn
 
 VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "litv2/variants.json").read_text())["variants"]}
 KEYS = sorted(path.name.removesuffix(".keys.json") for path in (GOLDENS / "litv2").glob("*.keys.json"))
@@ -75,7 +76,7 @@ def test_detector_file(tmp_path: Path) -> None:
     for p in source.parameters():
         nn.init.normal_(p, std=0.1)
     weights = {k: v.clone() for k, v in source.state_dict().items()}
-    entries = {"backbone." + re.sub(r"^stages\.(\d)\.out_norm\.", r"norm\1.", k): v for k, v in weights.items()}
+    entries = {f"backbone.{k}": v for k, v in written(weights, DIALECTS[1]).items()}
     path = save_checkpoint(tmp_path / "segmentor.pth", entries | {"neck.conv.weight": torch.zeros(3)}, "state_dict")
     loaded = shrunken(
         pretrained=True, pretrained_cfg_overlay={"file": path}, dense=True, dense_norms=norms, local_ws=4,

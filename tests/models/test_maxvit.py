@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import zoo.models.maxvit as maxvit
 
-NAMES = timm.list_models("zoo_maxvit_*")
+NAMES = [name for name in timm.list_models("zoo_maxvit_*") if "_tv_" not in name]  # which timm does not have
 TINY: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 96), "stem_width": 16}
 PUBLISHED = json.loads((GOLDENS / "maxvit" / "variants.json").read_text())["variants_timm"]
 PARAMS = {v["name"]: v["params_measured"] for v in PUBLISHED}

@@ -17,7 +17,6 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 import zoo  # noqa: F401
-from zoo.models._build import rename_keys
 from zoo.models.checkpoints import published_figures
 from zoo.registry import model_class, package_models
 
@@ -284,53 +283,6 @@ def test_own_weights_come_back(family: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "foreign.pth", weights, None)
     with pytest.raises(RuntimeError, match=r"(?s)keys of the model are not in the file.*nobody\.weight"):
         timm.create_model(SMALLEST[family], pretrained_cfg_overlay={"file": path}, **arguments)
-
-
-# names that files of this package had before one scheme held for all, where they were not the original's
-EARLIER: dict[str, tuple[dict[str, Any], list[tuple[str, Any]]]] = {
-    "van_b0": (
-        {"depths": (1, 1, 1, 1)},
-        [
-            (r"^stem\.", "stages.0.patch_embed."),
-            (r"\.downsample\.", ".patch_embed."),
-            (r"\.ls([12])\.gamma$", r".layer_scale_\1"),
-        ],
-    ),
-    "stvit_base": (
-        {"depths": (1, 1, 1, 1)},
-        [
-            (r"^stem\.", "patch_embed.proj."),
-            (r"^stages\.(\d)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.proj."),
-            (r"^stages\.", "layers."),
-            (r"\.mlp\.", ".mlp2."),
-            (r"\.ls([12])\.gamma$", r".gamma_\1"),
-            (r"^norm\.(proj|norm)\.", r"\1."),
-            (r"^head\.fc\.", "head."),
-        ],
-    ),
-    "stvit_small": ({"depths": (1, 1, 1, 1)}, [(r"^norm\.(proj|norm)\.", r"head.\1.")]),
-    "litv2_s": (
-        {"depths": (1, 1, 1, 1), "dense": True},
-        [
-            (r"^stem\.", "patch_embed."),
-            (r"^stages\.(\d)\.out_norm\.", r"out_norms.\1."),
-            (r"downsample\.norm\.", "downsample.norm_layer."),
-            (r"^stages\.(\d)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
-            (r"^stages\.", "layers."),
-            (r"\.dwconv\.", ".dwconv.dwconv."),
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", EARLIER)
-def test_earlier_names_load(name: str, tmp_path: Path) -> None:
-    arguments, renaming = EARLIER[name]
-    model = timm.create_model(name, **arguments)
-    path = save_checkpoint(tmp_path / "earlier.pth", rename_keys(model.state_dict(), renaming), None)
-    overlay = {"file": path}
-    loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).state_dict()
-    assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items())
 
 
 def test_two_keys_of_one_meaning(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ assert _spec is not None
 assert _spec.loader is not None
 _fill = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_fill)
+fill: Callable[..., dict[str, Tensor]] = _fill.fill_state_dict
 
 
 def npz(name: str) -> dict[str, Any]:

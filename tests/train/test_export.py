@@ -222,7 +222,7 @@ def test_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=x"], "needs run="),
+        (["out=x"], "needs run=FOLDER or model=NAME"),
         (["run=x"], "needs out="),
         (["run=/nowhere", "out=x"], "no run folder at /nowhere"),
         (["rnu=x"], "unknown key 'rnu'; the nearest keys are run"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import UserError
+from zoo.models.checkpoints import output_norms
 from zoo.registry import require_model
 from zoo.train.runs import load_run, select_weights
 
@@ -75,9 +76,9 @@ def _weights_source(pretrained: Any, name: str) -> dict[str, Any]:
     if source.startswith(("https://", "http://")):
         return {"pretrained": True, "pretrained_cfg_overlay": {"url": source, "hf_hub_id": None}}
     path = Path(source).expanduser()
-    if path.is_dir():
+    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _run_weights(path, name)}}
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"pretrained={source}: there is no such file or run folder")
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
 
@@ -146,8 +147,8 @@ class Backbone(BaseModule):
         out_indices: which of the model's feature levels to return, in the order of the outputs; negative ones count
             from the last, and an int n means the last n (for most of timm's convolutional networks level 0 is the stem,
             and mmdet's usual four levels are 1..4).
-        pretrained: True for the model's published weights, a checkpoint file (the original repository's format is
-            understood), an address, or the folder of a `zoo train` run.
+        pretrained: True for the model's published weights, a checkpoint in any dialect that is known of the model (of
+            a detector the backbone, with its norms on outputs), an address, or the folder of a `zoo train` run.
         frozen_stages: as in mmdet: -1 trains everything, 0 freezes the stem, k the stem and the first k stages;
             a stage is a feature level of stride 4 or more.
         drop_path_rate: passed on when given.
@@ -204,6 +205,7 @@ class Backbone(BaseModule):
         if with_cp:
             self.body.set_grad_checkpointing(True)
         self._normed = self._add_out_norms(out_norms, out_norm_eps)
+        self._load_out_norms(pretrained)
         self._frozen = self._freeze()
 
     def _add_out_norms(self, out_norms: str | bool | Sequence[int], eps: float | None) -> tuple[int, ...]:
@@ -227,6 +229,16 @@ class Backbone(BaseModule):
             channels = self.channels[self.out_indices.index(level)]
             self.add_module(f"norm{level}", LayerNorm2d(channels, eps=eps))
         return tuple(wanted)
+
+    def _load_out_norms(self, pretrained: Any) -> None:
+        """Take the norms on the outputs too, where a detector's file has them."""
+        if not self._normed or not pretrained or pretrained is True:
+            return
+        path = Path(str(pretrained)).expanduser()
+        if path.exists() and path.suffix not in (".npz", ".npy"):
+            for level, weights in output_norms(path, self.body).items():
+                if level in self._normed:
+                    getattr(self, f"norm{level}").load_state_dict(weights)
 
     def _freeze(self) -> list[nn.Module]:
         """Stop the gradients of the stem and the first stages; the modules that hold nothing else."""
