@@ -217,7 +217,7 @@ def _recognise(variant: str, cfg: Mapping[str, Any], checkpoint: Any, probe: nn.
     )
     head = {name: match.shape(name) for name in match.sources if name.startswith(classifier)}
     classes = {shape[:1] for shape in head.values()}
-    wrong = [name for name, shape in head.items() if len(classes) > 1 or shape[1:] != own[name].shape[1:]]
+    wrong = [name for name, shape in head.items() if len(classes) > 1 or shape[1:] != own[name].shape[1:2]]
     if wrong:
         raise CheckpointError(
             f"{variant}: the checkpoint does not fit; its classifier has another shape, "

@@ -202,7 +202,8 @@ class BottleneckAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, _, H, W = x.shape
         dims = [self.num_heads * self.dim_qk, self.num_heads * self.dim_qk, self.num_heads * self.dim_v]
-        q, k, v = [t.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3) for t in self.qkv(x).split(dims, 1)]
+        q, k, v = self.qkv(x).split(dims, 1)
+        q, k, v = [t.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3) for t in (q, k, v)]
         logits = (q @ k.transpose(-2, -1)) * self.scale  # (B, nh, H * W, H * W)
         q = q.unflatten(2, (H, W))
         rel_height, rel_width = self.pos_embed()

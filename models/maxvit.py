@@ -45,18 +45,9 @@ from .dialects import Dialect, rename
 __all__ = ["MaxViT"]
 
 
-class Conv2dSame(nn.Conv2d):
-    """A convolution of stride 2 with TensorFlow's padding, whose place depends on the parity of the size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(x.permute(0, 2, 3, 1), self.kernel_size[0], 2).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight, self.bias, 2, 0, 1, self.groups)
-
-
-def _conv3x3(in_chs: int, out_chs: int, stride: int, padding: str, **kwargs: Any) -> nn.Conv2d:
-    if stride == 2 and padding == "same":
-        return Conv2dSame(in_chs, out_chs, 3, stride=2, **kwargs)
-    return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, **kwargs)
+def _around(x: Tensor) -> Tensor:
+    """A map with TensorFlow's padding for a 3x3 convolution of stride 2, whose place depends on the sides' parity."""
+    return pad_same(x.permute(0, 2, 3, 1), 3, 2).permute(0, 3, 1, 2)
 
 
 class Downsample2d(nn.Module):
@@ -117,7 +108,10 @@ class MbConv(nn.Module):
         self.pre_norm = norm_act(in_chs, apply_act=False, **dd)
         self.conv1_1x1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
         self.norm1 = norm_act(mid_chs, **dd)
-        self.conv2_kxk = _conv3x3(mid_chs, mid_chs, stride, padding, groups=mid_chs, bias=False, **dd)
+        self.same = padding == "same" and stride == 2
+        self.conv2_kxk = nn.Conv2d(
+            mid_chs, mid_chs, 3, stride, padding=0 if self.same else 1, groups=mid_chs, bias=False, **dd
+        )
         self.norm2 = norm_act(mid_chs, **dd)
         squeezed = int(se_ratio * (out_chs if expand_output else mid_chs))
         self.se = SEModule(mid_chs, rd_channels=squeezed, act_layer=nn.SiLU, **dd)
@@ -127,7 +121,7 @@ class MbConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
         x = self.norm1(self.conv1_1x1(self.pre_norm(x)))
-        x = self.norm2(self.conv2_kxk(x))
+        x = self.norm2(self.conv2_kxk(_around(x) if self.same else x))
         x = self.conv3_1x1(self.se(x))
         return self.drop_path(x) + shortcut
 
@@ -375,12 +369,14 @@ class Stem(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv1 = _conv3x3(in_chs, widths[0], 2, padding, bias=bias, **dd)
+        self.same = padding == "same"
+        self.conv1 = nn.Conv2d(in_chs, widths[0], 3, 2, padding=0 if self.same else 1, bias=bias, **dd)
         self.norm1 = get_norm_act_layer("batchnorm2d", act)(widths[0], eps=norm_eps, **dd)
-        self.conv2 = _conv3x3(widths[0], widths[1], 1, padding, bias=bias, **dd)
+        self.conv2 = nn.Conv2d(widths[0], widths[1], 3, padding=1, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv1(_around(x) if self.same else x)
         # One input channel has no order of its own, so the convolution may answer in the other layout.
         x = x.contiguous(memory_format=torch.channels_last)
         return self.conv2(self.norm1(x))

@@ -110,8 +110,11 @@ def model_info(name: str) -> ModelInfo:
     cfg = model.pretrained_cfg
     size = tuple(cfg["input_size"])
     recorder = _OpRecorder()
-    with FlopCounterMode(display=False) as counter, recorder, torch.no_grad():
-        model(torch.empty(1, *size, device="meta"))
+    image = torch.empty(1, *size, device="meta")
+    with recorder, torch.no_grad():
+        model(image)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # its hooks have every layer called
+        model(image)
     architecture = name.split(".")[0]
     configurations = get_arch_pretrained_cfgs(architecture)
     fixed = cfg.get("fixed_input_size", False)

@@ -44,10 +44,15 @@ def load_recorded(name: str, path: Path, source: Callable[[str], str] = str, **k
     return load(recorded["model"], path, {"state_dict": filled(name, source)}, **recorded["args"], **kwargs)
 
 
+def pointwise(x: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution as that of the Linear layer which it may be here."""
+    return x.flatten(1) if x.ndim == 4 and x.shape[2:] == (1, 1) else x
+
+
 def assert_equal(found: nn.Module, expected: dict[str, Tensor], but: tuple[str, ...] = ()) -> None:
     own = {k: v for k, v in found.state_dict().items() if not k.startswith(but)} if but else found.state_dict()
     assert own.keys() <= expected.keys()
-    assert all(torch.equal(v, expected[k]) for k, v in own.items())
+    assert all(torch.equal(pointwise(v), pointwise(expected[k])) for k, v in own.items())
 
 
 # recorded keys and numbers --------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ EARLIER: dict[str, list[tuple[str, Any]]] = {
         (r"^stages\.", "layers."),
         (r"\.mlp\.", ".mlp2."),
         (r"\.ls([12])\.gamma$", r".gamma_\1"),
-        (r"^head\.(proj|norm)\.", r"\1."),
+        (r"^norm\.(proj|norm)\.", r"\1."),
         (r"^head\.fc\.", "head."),
     ],
     "ours_earlier_litv2": [

@@ -15,7 +15,7 @@ from torch import nn
 import zoo  # noqa: F401
 from zoo.models.checkpoints import published_figures
 from zoo.models.nat import NAT, NeighborhoodAttention, check_image_size, checkpoint_filter_fn, per_block, per_stage
-from zoo.models.nat_isotropic import GlobalAttention
+from zoo.models.nat_isotropic import GlobalAttention, relative_bias
 
 VARIANTS: dict[str, dict[str, Any]] = {
     v["name"]: {**v, "family": family}
@@ -183,12 +183,12 @@ def test_vitrpb_table(tmp_path: Path) -> None:
     assert {k for k, _, _ in keys("dinat/vitrpb_small")} == set(published)
     path = save_checkpoint(tmp_path / "x.pth", published, None)
     attn = _load("vitrpb_small", path).stages[0].blocks[0].attn
-    assert torch.equal(attn.bias(14, 14), published["layers.0.attn.rpb"].flatten(1)[:, index])
-    assert attn.bias(5, 9).shape == (12, 45, 45)
+    assert torch.equal(relative_bias(attn.rpb, 14, 14), published["layers.0.attn.rpb"].flatten(1)[:, index])
+    assert relative_bias(attn.rpb, 5, 9).shape == (12, 45, 45)
     # a model made for another size has the same bias as this one resized at run time
     large = _load("vitrpb_small", path, img_size=(112, 160)).stages[0].blocks[0].attn
     assert large.rpb.shape == (12, 13, 19)
-    assert torch.equal(large.bias(7, 10), attn.bias(7, 10))
+    assert torch.equal(relative_bias(large.rpb, 7, 10), relative_bias(attn.rpb, 7, 10))
 
 
 @pytest.mark.parametrize("name", SMALL)
