@@ -49,8 +49,9 @@ bench-gpu: ## check and time the Triton kernels on this machine's GPU: a table, 
 		$$p -c 'import timm, torch, triton; assert torch.cuda.is_available()' 2>/dev/null && exec $$p $(BENCH_GPU); done; \
 	{ test -e $(VENV)/.installed || $(MAKE_COMMAND) $(VENV)/.installed; } && exec $(BIN)/python $(BENCH_GPU)
 
-models-table: $(VENV)/.installed ## write MODELS.md anew
+models-table: $(VENV)/.installed ## write MODELS.md and zoo/_names.py anew
 	$(BIN)/zoo list --markdown > MODELS.md.new && mv MODELS.md.new MODELS.md
+	$(BIN)/python -c "import zoo; from zoo.registry import names_table; print(names_table(), end='')" > names.new && mv names.new zoo/_names.py
 
 wheel: $(VENV)/.installed ## build sdist and wheel and try the wheel in a clean environment
 	PYTHON=$(BIN)/python .ci/wheel

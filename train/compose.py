@@ -26,7 +26,8 @@ from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
 from zoo.errors import UserError, first_line
-from zoo.registry import nearest_names, package_models
+from zoo.names import nearest_names
+from zoo.registry import package_models
 from zoo.train.config import Schema
 
 __all__ = [
@@ -345,7 +346,7 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
     group, _, name = str(error.missing_cfg_file or "").rpartition("/")
     options = sorted(o for o in error.options or [] if not o.startswith("_"))
     if group == "model":
-        import zoo  # noqa: F401  registers the models
+        import zoo.models  # noqa: F401  registers the models
 
         if timm.is_model(name):
             _register_model(name)

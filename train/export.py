@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 
 from zoo import __version__
 from zoo.errors import UserError, first_line
-from zoo.registry import nearest_names
+from zoo.names import nearest_names
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
 from zoo.train.config import TRAIN, ModelConfig

@@ -5,6 +5,7 @@ This is the top of the dependency order: it may import everything, and does so i
 
 import argparse
 import difflib
+import fnmatch
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import NoReturn
 from zoo._start import importing
 from zoo._version import __version__
 from zoo.errors import UserError, unbroken_output
+from zoo.names import NAMES, nearest_names
 
 __all__ = ["main"]
 
@@ -74,23 +76,21 @@ def _list(argv: Sequence[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="print MODELS.md, the table of all models")
     args = parser.parse_args(argv)
 
-    import zoo  # noqa: F401  registers the models
-    from zoo.registry import models_table, nearest_names, package_models
-
     if args.markdown:
+        with importing():
+            import zoo.models  # noqa: F401  registers the models
+            from zoo.registry import models_table
+
         print(models_table(), end="")
         return 0
-    names = package_models(args.patterns)
+    wanted = args.patterns or ["*"]
+    names = [name for name in NAMES if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]
     if not names:
-        near = nearest_names(args.patterns[0].strip("*?"), package_models())
+        near = nearest_names(wanted[0].strip("*?"), NAMES)
         raise UserError(
             f"no model matches {' '.join(args.patterns)!r}; the nearest names are {', '.join(near) or 'none'}"
         )
-    if args.tags:
-        from timm.models import get_arch_pretrained_cfgs
-
-        names = [tagged for name in names for tagged in get_arch_pretrained_cfgs(name)]
-    print("\n".join(names))
+    print("\n".join([tagged for name in names for tagged in NAMES[name]] if args.tags else names))
     return 0
 
 
@@ -101,8 +101,9 @@ def _info(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
 
-    import zoo  # noqa: F401  registers the models
-    from zoo.registry import model_info
+    with importing():
+        import zoo.models  # noqa: F401  registers the models
+        from zoo.registry import model_info
 
     info = model_info(args.name)
     if args.json:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import zoo  # noqa: F401  registers the models
+import zoo.models  # noqa: F401  registers the models
 from zoo import __version__
 from zoo.errors import UserError, first_line
 from zoo.models.checkpoints import CheckpointError, check_state_dict, read_source

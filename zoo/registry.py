@@ -1,6 +1,5 @@
 """Which models this package registers with timm, and what is known of each."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
 from zoo.models.checkpoints import published_figures
+from zoo.names import nearest_names
 from zoo.ops import resolve_backend, without_triton
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "model_class",
     "model_info",
     "models_table",
-    "nearest_names",
+    "names_table",
     "package_models",
     "require_model",
     "table_row",
@@ -53,11 +53,6 @@ def package_models(patterns: Iterable[str] = ()) -> list[str]:
     own = {n for n, entry in _model_entrypoints.items() if entry.__module__.startswith("zoo.models.")}
     patterns = list(patterns)
     return [n for n in (timm.list_models(patterns) if patterns else timm.list_models()) if n in own]
-
-
-def nearest_names(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The candidates that are spelt most like a name."""
-    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
 
 
 def require_model(name: str) -> None:
@@ -169,3 +164,20 @@ def models_table() -> str:
 def _backend_here(op: str) -> str:
     x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
     return resolve_backend(op, None, x, without_triton(x))
+
+
+def names_table() -> str:
+    """zoo/_names.py: every model of this package, and under it its checkpoints as model.tag."""
+    lines = [f"    {name!r}: {tuple(get_arch_pretrained_cfgs(name))!r}," for name in package_models()]
+    return "\n".join(
+        (
+            '"""Written by `make models-table`, so that a command lists models without importing them."""',
+            "",
+            "# ruff: noqa: E501",
+            "# fmt: off",
+            "NAMES: dict[str, tuple[str, ...]] = {",
+            *(line.replace("'", '"') for line in lines),
+            "}",
+            "",
+        )
+    )

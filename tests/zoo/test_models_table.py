@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
+from timm.models import get_arch_pretrained_cfgs
 
-from zoo.registry import TABLE_HEADER, models_table, package_models, table_row
+from zoo import names
+from zoo.names import NAMES
+from zoo.registry import TABLE_HEADER, models_table, names_table, package_models, table_row
 
 TABLE = Path(__file__).parents[2] / "MODELS.md"
 
@@ -23,6 +26,11 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", ["vitrpb_small", *sorted({row.recorded.name for row in FAMILIES.values()})])
 def test_rows(name: str) -> None:
     assert _rows()[name] == table_row(name)
+
+
+def test_names_without_models() -> None:
+    assert NAMES == {name: tuple(get_arch_pretrained_cfgs(name)) for name in package_models()}
+    assert Path(names.__file__).with_name("_names.py").read_text() == names_table()
 
 
 @pytest.mark.slow
