@@ -11,7 +11,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from torch import nn
 
-import zoo.models  # noqa: F401  registers this package's models with timm
 from zoo.errors import UserError
 from zoo.models.checkpoints import read_checkpoint
 from zoo.registry import package_models, require_model

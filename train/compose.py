@@ -346,8 +346,6 @@ def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> 
     group, _, name = str(error.missing_cfg_file or "").rpartition("/")
     options = sorted(o for o in error.options or [] if not o.startswith("_"))
     if group == "model":
-        import zoo.models  # noqa: F401  registers the models
-
         if timm.is_model(name):
             _register_model(name)
             return ""

@@ -146,6 +146,17 @@ def _tune(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def _run(argv: Sequence[str]) -> int:
+    """run any program with zoo's models in timm: zoo run train.py --model nat_tiny"""
+    from zoo import run
+
+    if argv[:1] in (["-h"], ["--help"]):
+        print(run.USAGE)
+        return 0
+    run.program(argv)()
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
@@ -156,6 +167,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "info": _info,
     "doctor": _doctor,
     "tune": _tune,
+    "run": _run,
 }
 
 
@@ -180,12 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean `zoo {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise UserError(f"no command {args[0]!r}; {hint}")
+        if command is _run:  # the program's output and signals are its own
+            return command(args[1:])
         with unbroken_output():
             return command(args[1:])
     except UserError as error:
         print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if command is _run:
+            raise
         print(f"zoo: interrupted before {args[0]} began", file=sys.stderr)
         return 130
 

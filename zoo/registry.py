@@ -1,4 +1,4 @@
-"""Which models this package registers with timm, and what is known of each."""
+"""Which models this package registers with timm, and what is known of each; importing this registers them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

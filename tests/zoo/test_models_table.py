@@ -29,7 +29,7 @@ def test_rows(name: str) -> None:
 
 
 def test_names_without_models() -> None:
-    assert NAMES == {name: tuple(get_arch_pretrained_cfgs(name)) for name in package_models()}
+    assert {name: tuple(get_arch_pretrained_cfgs(name)) for name in package_models()} == NAMES
     assert Path(names.__file__).with_name("_names.py").read_text() == names_table()
 
 

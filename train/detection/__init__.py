@@ -18,7 +18,7 @@ from .operators import install_operators
 
 install_operators()  # before anything imports mmcv.ops
 
-import zoo.models  # noqa: E402, F401  registers the models with timm
+import zoo.registry  # noqa: E402, F401  registers the models with timm
 
 from .backbone import Backbone, feature_channels  # noqa: E402
 from .checkpoints import read_detector_checkpoint  # noqa: E402
