@@ -7,7 +7,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train detect test test-all lint format bench bench-gpu models-table wheel clean
+.PHONY: help train detect test test-all test-clients lint format bench bench-gpu models-table wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ test: $(VENV)/.installed ## the tests, without those marked slow
 
 test-all: $(VENV)/.installed ## every test
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-clients: $(VENV)/.installed ## other programs over every family, installed first; writes docs/clients.md
+	$(BIN)/python -m pip install --quiet -e ".[dev,detection,clients]"
+	$(BIN)/python -m pytest -n $(WORKERS) tests/clients --junitxml=$(VENV)/clients.xml $(ARGS); $(BIN)/python tests/clients/matrix.py $(VENV)/clients.xml
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -33,8 +33,10 @@ def pad_map(x: Tensor, multiple: int = 1, least: int = 1) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(pad_map, (x,), x, multiple, least)
     height, width = _multiple(x.shape[1], multiple), _multiple(x.shape[2], multiple)
-    if least > multiple:
-        height, width = cast(int, torch.sym_max(height, least)), cast(int, torch.sym_max(width, least))
+    if is_symbolic(height, width):
+        height, width = (cast(int, torch.sym_max(size, least)) for size in (height, width))
+    else:
+        height, width = max(height, least), max(width, least)
     return _pad(x, height, width)
 
 

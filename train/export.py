@@ -141,7 +141,8 @@ def export(out: Path, config: ExportConfig) -> Path:
         raise UserError(f"out={out} cannot be written: {error.strerror}; give another folder") from error
     try:
         FORMATS[config.format](exported, temporary)
-        temporary.chmod(0o777 & ~_umask())
+        for path in (temporary, *temporary.rglob("*")):  # a temporary folder and safetensors shut others out
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _exchange(temporary, out)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -279,6 +280,9 @@ def _write_timm(exported: Exported, folder: Path) -> None:
     shape = exported.data_config
     data_config = {k: shape[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
     save_for_hf(exported.model, str(folder), model_config=own, safe_serialization=True, data_config=data_config)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("model_args", {}).pop("num_classes", None)  # stated above; transformers gives it a second time
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "README.md").write_text(_card(exported))
 
 

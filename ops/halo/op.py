@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.types import Number
@@ -109,7 +110,8 @@ def _stride(q: Tensor, k: Tensor, block_size: int) -> int:
     """The divisor of block_size that takes k's map to q's. Where several do, one block holds all: they are equal."""
     (rows, cols), (height, width) = q.shape[1:3], k.shape[1:3]
     strides = [s for s in range(1, block_size + 1) if block_size % s == 0]
-    for holds in (statically_known_true, bool):  # in turn: sizes that are symbols are compared only if that must be
+    # sizes that are symbols are compared only if that must be
+    for holds in (statically_known_true, bool) if torch.compiler.is_compiling() else (bool,):
         for stride in strides:
             if holds((height - 1) // stride + 1 == rows) and holds((width - 1) // stride + 1 == cols):
                 return stride

@@ -97,6 +97,13 @@ def test_plain_fx(name: str) -> None:
             torch.testing.assert_close(traced(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, *FORMS])
+def test_jit_trace(name: str) -> None:
+    model, x = built(name), images(2, 72, 100)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    torch.testing.assert_close(traced(x.flip(0)), model(x.flip(0)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_torchvision_features(family: str) -> None:
     model = built(family, drop_path_rate=0.1)
