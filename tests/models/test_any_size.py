@@ -71,6 +71,7 @@ def test_compiled_at_most_twice(family: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes of symbolic algebra and of a C++ compiler
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inductor(family: str) -> None:
     model = built(family, drop_path_rate=0.0)
