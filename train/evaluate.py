@@ -1,9 +1,7 @@
 """Accuracy over held-out images, and `zoo eval`."""
 
-import errno
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +21,7 @@ from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.images import PixelRanges
 from zoo.train.labels import data_notes, label_names, match_labels
-from zoo.train.runs import json_text, load_run, select_weights, write_atomic
+from zoo.train.runs import check_writable, json_text, load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 from zoo.train.stop import TrainingFailed
 
@@ -271,20 +269,6 @@ def _open_for(cfg: EvalConfig, source: _Source) -> Any:
     return dataset
 
 
-def _check_writable(out: Path) -> None:
-    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if out.exists() and not out.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
-
-
 def evaluate_command(cfg: EvalConfig) -> Evaluation:
     """Run `zoo eval`: print the result and write it as JSON where `out` says.
 
@@ -293,7 +277,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         TrainingFailed: the loss is no number.
     """
     if cfg.out is not None:
-        _check_writable(Path(cfg.out))
+        check_writable(Path(cfg.out))
     world = join_world(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

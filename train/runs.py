@@ -18,6 +18,7 @@ import os
 import shlex
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,7 @@ __all__ = [
     "CorruptCheckpointError",
     "Run",
     "changeable",
+    "check_writable",
     "claim_folder",
     "json_text",
     "load_checkpoint",
@@ -96,6 +98,20 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _without_nan(v) for k, v in value.items()}
     return [_without_nan(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if out.exists() and not out.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

@@ -498,3 +498,11 @@ def test_polygons_count_as_masks(data: Path, tmp_path: Path) -> None:
     first = json.loads(Path(opened(data, tmp_path / "run", masks=True).val_annotations).read_text())["annotations"][0]
     assert first["bbox"] == [8, 8, 16, 32]
     assert first["area"] == float(rle.area(rle.merge(rle.frPyObjects(square, 64, 64)))) == 512
+
+
+def test_out_is_tried_before_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "a, file (1).pth"  # which is not there, and is looked for later
+    assert main(["eval=true", f"weights={weights}", f"out={tmp_path}"]) == 2
+    assert f"out={tmp_path} cannot be written: it is a folder" in capsys.readouterr().err
+    assert main(["eval=true", f"weights={weights}"]) == 2
+    assert str(weights) in capsys.readouterr().err

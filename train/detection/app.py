@@ -25,7 +25,7 @@ from zoo.errors import UserError
 from zoo.train.compose import compose_config, from_container, override_value
 from zoo.train.images import PixelRanges
 from zoo.train.resume import Changes, resumed_config
-from zoo.train.runs import Run, claim_folder, load_run, newest_intact, write_atomic, write_config
+from zoo.train.runs import Run, check_writable, claim_folder, load_run, newest_intact, write_atomic, write_config
 from zoo.train.shell import Arguments, Command, group_choices, run_command
 from zoo.train.state import World, determinism
 from zoo.train.stop import Signals
@@ -325,6 +325,8 @@ def _detect(arguments: Arguments) -> None:
     cfg = from_container(config, DETECT)
     if cfg.eval and run is None and cfg.weights is None:
         raise UserError("eval=true needs run=RUN_FOLDER, or weights=FILE with model, detector and data")
+    if cfg.eval and cfg.out is not None:
+        check_writable(Path(cfg.out))
     evaluated = _evaluated(cfg, run)
     data = open_coco(
         cfg.data,
