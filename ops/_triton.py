@@ -1,6 +1,9 @@
 """What the Triton kernels of all ops, and the functions that launch them, share."""
 
 import math
+import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRET", "LOG2E", "block", "fits_int32", "load", "unit", "upcast"]
+__all__ = ["INTERPRET", "LOG2E", "PRECISION", "block", "fits_int32", "lasting", "load", "unit", "upcast"]
 
 LOG2E = math.log2(math.e)
 INTERPRET = triton.knobs.runtime.interpret
+PRECISION = tl.constexpr(os.environ.get("ZOO_PRECISION", "ieee"))
 
 
 def _let_numpy_be_new() -> None:
@@ -58,3 +62,38 @@ def block(count: int, most: int) -> int:
 def fits_int32(*tensors: Tensor) -> bool:
     """Whether offsets inside one entry of the first axis fit 32 bits; a kernel adds the entry's own in 64 bits."""
     return all(sum((n - 1) * abs(s) for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) < 2**31 for x in tensors)
+
+
+def lasting(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """What `make` makes, for a cache: memory that no CUDA graph owns, in whatever region this thread is.
+
+    Inside torch.compile(mode="reduce-overhead") and around a capture, what a thread allocates comes from the graph's
+    own pool, which is used again when the graph is replayed.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and nothing can be copied to the GPU.
+    """
+    if device.type != "cuda":
+        return make()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and the Triton kernels have not run at this map size before, so their "
+            "tables are not on the GPU yet; call once with tensors of this size before the capture"
+        )
+    found: list[Tensor] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+                found.append(make())
+                torch.cuda.current_stream().synchronize()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="zoo-tables")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]

@@ -7,29 +7,34 @@ class, so one bias and mask table serves all of them.
 """
 
 import functools
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.ops._triton import lasting
+
 __all__ = [
     "Axis",
     "AxisPlan",
+    "AxisTables",
     "Lane",
-    "Plan",
+    "axis_plan",
+    "axis_tables",
     "full_axis",
     "halo_axis",
     "neighborhood_axis",
     "partitions",
-    "plan",
     "window_axis",
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lane:
     """Positions offset, offset + step, ... of an axis, and the interval of lane positions that each query sees.
+
+    Neither end of the interval ever falls from one query to the next.
 
     keys: how many key positions the lane has; other than the number of queries where queries are strided.
     query_cuts, key_cuts: where tiles end if they can, in ascending order.
@@ -45,21 +50,25 @@ class Lane:
     one: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Axis:
-    """One axis of the map: its length, the step between neighbours in a lane, and the lanes."""
+    """One axis of the map: its length, the step between neighbours in a lane, and the lanes.
+
+    The functions that make axes remember them, so equal axes are one object, which caches find without reading it.
+    """
 
     length: int
     step: int
     lanes: tuple[Lane, ...]
 
 
+@functools.cache
 def full_axis(length: int) -> Axis:
     """Every position sees every position."""
     return Axis(length, 1, (Lane(0, (0,) * length, (length,) * length, length),))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def neighborhood_axis(length: int, kernel: int, dilation: int, stride: int, causal: bool) -> Axis:
     """Neighborhood attention: exactly `kernel` keys, shifted inwards at the border, or the causal rule."""
     lanes = []
@@ -80,7 +89,7 @@ def neighborhood_axis(length: int, kernel: int, dilation: int, stride: int, caus
     return Axis(length, dilation, tuple(lanes))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def window_axis(length: int, window: int, shift: int, grid: bool) -> Axis:
     """Windows or the grid of a map that is padded to a multiple of the window and rolled by -shift.
 
@@ -102,7 +111,7 @@ def window_axis(length: int, window: int, shift: int, grid: bool) -> Axis:
     return Axis(length, 1, (Lane(0, lo, hi, length, cuts, cuts),))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def halo_axis(length: int, block: int, halo: int, stride: int) -> Axis:
     """Blocks that see themselves and `halo` positions on both sides, on the map or not.
 
@@ -133,18 +142,21 @@ class AxisPlan:
     relative: tuple[int, ...]
 
 
-def _plan_axis(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
+@functools.cache
+def axis_plan(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
+    """Cut an axis into tiles of at most `tile` positions: queries against keys or, reversed, keys against queries."""
     classes: dict[tuple[int, tuple[tuple[int, int], ...], int], int] = {}
     tiles = []
     box = 1
     for lane in axis.lanes:
-        queries = len(lane.lo)
-        count = lane.keys if reverse else queries
+        count = lane.keys if reverse else len(lane.lo)
         for a, b in _runs(count, tile, lane.key_cuts if reverse else lane.query_cuts, lane.one):
             if reverse:
-                seen = [p for p in range(queries) if lane.lo[p] < b and lane.hi[p] > a]
-                c0, c1 = (seen[0], seen[-1] + 1) if seen else (a, a)
-                spans = tuple((_first(lane, k, c0, c1) - c0, _last(lane, k, c0, c1) - c0) for k in range(a, b))
+                # the queries that see a key are a run, as both ends of an interval never fall
+                seers = [(bisect_right(lane.hi, k), bisect_right(lane.lo, k)) for k in range(a, b)]
+                c0, c1 = bisect_right(lane.hi, a), bisect_left(lane.lo, b)
+                c0, c1 = (c0, c1) if c0 < c1 else (a, a)
+                spans = tuple((lo - c0, hi - c0) if lo < hi else (0, 0) for lo, hi in seers)
             else:
                 c0, c1 = min(lane.lo[a:b]), max(lane.hi[a:b])
                 spans = tuple((lane.lo[p] - c0, lane.hi[p] - c0) for p in range(a, b))
@@ -156,21 +168,31 @@ def _plan_axis(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
 
 
 def _runs(count: int, tile: int, cuts: tuple[int, ...], one: bool) -> list[tuple[int, int]]:
-    """[0, count) in runs of at most `tile` that end at cuts: at the next one, or at the last one that fits."""
+    """[0, count) in runs of at most `tile`, which end at cuts where there are any.
+
+    At the next cut if `one`, else at the last one that fits. Without cuts, the run that is not full stands in the
+    middle: beside a border it would let its neighbour's box reach further than any other.
+    """
+    if not cuts:
+        full, rest = divmod(count, tile)
+        before = (full + 1) // 2 * tile
+        return [(a, a + tile) for a in range(0, before, tile)] + [(before, before + rest)] * (rest > 0) + [
+            (a, a + tile) for a in range(before + rest, count, tile)
+        ]  # fmt: skip
     edges = sorted({0, count, *cuts})
     runs = []
     a = 0
     while a < count:
-        following = [e for e in edges if e > a]
-        fitting = [e for e in following if e <= a + tile]
-        end = following[0] if one or not fitting else fitting[-1]
+        fits = bisect_right(edges, a + tile) - 1
+        following = bisect_right(edges, a)
+        end = edges[following] if one or fits < following else edges[fits]
         b = min(a + tile, end)
         runs.append((a, b))
         a = b
     return runs
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def partitions(axis: Axis, tile: int) -> bool:
     """Whether the boxes of an axis's tiles are apart and cover all keys: a key's queries are then all in one tile."""
     for lane in axis.lanes:
@@ -184,131 +206,41 @@ def partitions(axis: Axis, tile: int) -> bool:
     return True
 
 
-def _first(lane: Lane, key: int, c0: int, c1: int) -> int:
-    """The first query of [c0, c1) that sees the key; both ends of an interval never fall, so the seers are a run."""
-    return next((p for p in range(c0, c1) if lane.lo[p] <= key < lane.hi[p]), c0)
+@dataclass(frozen=True, eq=False)
+class AxisTables:
+    """The plan of an axis as kernels read it, int32.
 
-
-def _last(lane: Lane, key: int, c0: int, c1: int) -> int:
-    return next((p + 1 for p in range(c1 - 1, c0 - 1, -1) if lane.lo[p] <= key < lane.hi[p]), c0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A map's tiles against their boxes, with the index tensors that kernels read.
-
-    tiles_h, tiles_w: [tiles, 5] int32, see AxisPlan.tiles.
-    index: [classes_h * classes_w, BLOCK_M, BLOCK_N] int32: the bias slot of each (row, column) pair; the slot
-        after the last one (`slots`) stands for a pair that does not see each other.
-    inverse: [slots, count] int64: where in a flat [classes, BLOCK_M, BLOCK_N] each slot stands; padded with the size.
-    members: [classes + 1] int32 offsets into member_tiles [tiles] int32: the tiles of each class.
+    tiles: [tiles, 5], see AxisPlan.tiles.
+    spans: [classes, 2 tile + 1], of every class its rows' (lo, hi), and its distance. A row beyond the tile sees the
+        whole box, so that a softmax over it stays finite.
+    members: [classes + 1], where in `order` [tiles] the tiles of each class begin.
     counts: how many tiles each class has.
     """
 
-    axes: tuple[AxisPlan, AxisPlan]
-    block_m: int
-    block_n: int
-    slots: int
-    tiles_h: Tensor
-    tiles_w: Tensor
-    index: Tensor
-    inverse: Tensor
+    plan: AxisPlan
+    tiles: Tensor
+    spans: Tensor
     members: Tensor
-    member_tiles: Tensor
+    order: Tensor
     counts: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=256)
-def plan(
-    height: Axis,
-    width: Axis,
-    tile: tuple[int, int],
-    bias_size: tuple[int, int] | None,
-    reverse: bool,
-    chunk: int,
-    device: torch.device,
-) -> Plan:
-    """Lay tiles of `tile` positions over the map; the column count is rounded up to a multiple of `chunk`.
-
-    bias_size: sides (2 kh - 1, 2 kw - 1) of the bias table, indexed key - query + k - 1; None where there is no bias.
-    """
-    axes = (_plan_axis(height, tile[0], reverse), _plan_axis(width, tile[1], reverse))
-    block_m = tile[0] * tile[1]
-    block_n = -(-axes[0].box * axes[1].box // chunk) * chunk
-    rows = bias_size or (1, 1)
-    slots = rows[0] * rows[1]
-
-    seen_h, seen_w = _visible(axes[0]), _visible(axes[1])  # (class, tile, box)
-    seen = (
-        (seen_h[:, None, :, None, :, None] & seen_w[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
-    )
-    if bias_size is None:
-        slot = torch.zeros(seen.shape, dtype=torch.int64)
-    else:
-        dh, dw = _distance(axes[0], rows[0], reverse), _distance(axes[1], rows[1], reverse)
-        slot = dh[:, None, :, None, :, None] * rows[1] + dw[None, :, None, :, None, :]
-        slot = slot.flatten(4).flatten(2, 3).flatten(0, 1)
-    index = torch.full((seen.shape[0], block_m, block_n), slots, dtype=torch.int64)
-    index[..., : seen.shape[-1]] = torch.where(seen, slot, slots)
-
-    classes_w = len(axes[1].spans)
-    member = [th[4] * classes_w + tw[4] for th in axes[0].tiles for tw in axes[1].tiles]
-    counts = [0] * (index.shape[0] + 1)
-    for c in member:
-        counts[c + 1] += 1
-    order = sorted(range(len(member)), key=lambda t: (member[t], t))
-
-    def put(x: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.as_tensor(x, dtype=dtype).to(device)
-
-    return Plan(
-        axes,
-        block_m,
-        block_n,
-        slots,
-        put(list(axes[0].tiles)),
-        put(list(axes[1].tiles)),
-        put(index),
-        _inverse(_only_rows(index, axes, slots), slots).to(device),
-        put(torch.tensor(counts).cumsum(0)),
-        put(order),
-        tuple(counts[1:]),
-    )
-
-
-def _visible(axis: AxisPlan) -> Tensor:
-    """[classes, tile, box]; rows beyond the tile see their whole box, so that a softmax over them stays finite."""
-    seen = torch.zeros(len(axis.spans), axis.tile, axis.box, dtype=torch.bool)
-    for c, spans in enumerate(axis.spans):
-        seen[c, len(spans) :] = True
-        for row, (lo, hi) in enumerate(spans):
-            seen[c, row, lo:hi] = True
-    return seen
-
-
-def _distance(axis: AxisPlan, rows: int, reverse: bool) -> Tensor:
-    """[classes, tile, box]: the bias index of each pair, key - query + k - 1, clamped where the pair is masked."""
-    base = torch.arange(axis.box)[None, None, :] - torch.arange(axis.tile)[None, :, None]
-    distance = base + torch.tensor(axis.relative)[:, None, None]  # column - row, in lane steps
-    return ((-distance if reverse else distance) + rows // 2).clamp(0, rows - 1)
-
-
-def _only_rows(index: Tensor, axes: tuple[AxisPlan, AxisPlan], slots: int) -> Tensor:
-    """The index with the rows beyond each tile taken out, for the gradient of the bias."""
-    valid_h = torch.tensor([[r < len(s) for r in range(axes[0].tile)] for s in axes[0].spans])
-    valid_w = torch.tensor([[r < len(s) for r in range(axes[1].tile)] for s in axes[1].spans])
-    valid = (valid_h[:, None, :, None] & valid_w[None, :, None, :]).flatten(2).flatten(0, 1)
-    return torch.where(valid[..., None], index, slots)
-
-
-def _inverse(index: Tensor, slots: int) -> Tensor:
-    flat = index.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=slots + 1)[:slots]
-    width = int(counts.max()) if slots else 0
-    inverse = torch.full((slots, max(width, 1)), flat.numel(), dtype=torch.int64)
-    start = 0
-    for slot, count in enumerate(counts.tolist()):
-        inverse[slot, :count] = order[start : start + count]
-        start += count
-    return inverse
+@functools.cache  # a captured CUDA graph may point to them, so none is ever freed
+def axis_tables(axis: Axis, tile: int, reverse: bool, device: torch.device) -> AxisTables:
+    """See AxisTables; a few hundred bytes for every tile."""
+    laid = axis_plan(axis, tile, reverse)
+    spans = [
+        x
+        for rows, distance in zip(laid.spans, laid.relative, strict=True)
+        for x in (*(end for row in rows for end in row), *(0, laid.box) * (tile - len(rows)), distance)
+    ]
+    counts = [0] * len(laid.spans)
+    for t in laid.tiles:
+        counts[t[4]] += 1
+    starts = [sum(counts[:c]) for c in range(len(counts) + 1)]
+    order = sorted(range(len(laid.tiles)), key=lambda t: laid.tiles[t][4])
+    parts = [[x for t in laid.tiles for x in t], spans, starts, order]
+    aligned = [[*part, *(0,) * (-len(part) % 4)] for part in parts]  # to 16 bytes, as what kernels are told of pointers
+    packed = lasting(lambda: torch.tensor([x for part in aligned for x in part], dtype=torch.int32).to(device), device)
+    tiles, spans_, members, order_ = packed.split([len(part) for part in aligned])
+    return AxisTables(laid, tiles, spans_, members, order_, tuple(counts))

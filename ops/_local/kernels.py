@@ -11,17 +11,24 @@ are 32 bits wide unless WIDE.
 import triton
 import triton.language as tl
 
-from zoo.ops._triton import load
+from zoo.ops._triton import PRECISION, load
 
-__all__ = ["bias_gradient_kernel", "columns_kernel", "fold_kernel", "forward_kernel", "rows_kernel", "square_kernel"]
+__all__ = [
+    "bias_gradient_kernel", "bias_kernel", "columns_kernel", "fold_kernel", "forward_kernel", "rows_kernel",
+    "square_kernel", "table_kernel",
+]  # fmt: skip
 
-_RUNTIME = ["batch", "groups", "images"]  # a last, smaller batch must not compile anew
+# What varies with the map and the batch must not compile anew.
+_MAP = [
+    "batch", "q_height", "q_width", "k_height", "k_width", "n_tiles_w", "classes_w", "n_classes", "size_h", "size_w",
+]  # fmt: skip
+_TILED = [*_MAP, "groups", "images"]
+_SHARED = [*_MAP, "share"]
 
 
 @triton.jit
-def _tile(tiles_ptr, index):
-    """First row, rows, first column, columns, class of a tile."""
-    base = tiles_ptr + index * 5
+def _tile(base):
+    """First row, rows, first column, class of a tile."""
     return tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 4)
 
 
@@ -55,12 +62,112 @@ def _columns(
 
 
 @triton.jit
+def _rule(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """What the rows m of a tile see of its box, [lo, hi) on both axes, and the distances of its class."""
+    rows_h = spans_h_ptr + class_h * (2 * TILE_H + 1)
+    rows_w = spans_w_ptr + class_w * (2 * TILE_W + 1)
+    i = m // TILE_W
+    j = m % TILE_W
+    return (
+        tl.load(rows_h + 2 * i), tl.load(rows_h + 2 * i + 1), tl.load(rows_w + 2 * j), tl.load(rows_w + 2 * j + 1),
+        tl.load(rows_h + 2 * TILE_H) - i, tl.load(rows_w + 2 * TILE_W) - j,
+    )  # fmt: skip
+
+
+@triton.jit
+def _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """_rule of the rows of a product."""
+    lo_h, hi_h, lo_w, hi_w, from_h, from_w = _rule(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H, TILE_W)
+    return lo_h[:, None], hi_h[:, None], lo_w[:, None], hi_w[:, None], from_h[:, None], from_w[:, None]
+
+
+@triton.jit
+def _additive(
+    lo_h, hi_h, lo_w, hi_w, from_h, from_w, i, j, bias_ptr, size_h, size_w, unscale,
+    BIAS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The bias of rows and box columns (i, j) that see each other, over the scale where FOLD; -inf elsewhere."""
+    seen = (i >= lo_h) & (i < hi_h) & (j >= lo_w) & (j < hi_w)
+    if BIAS:
+        h = i + from_h
+        w = j + from_w
+        if REVERSE:
+            h = -h
+            w = -w
+        h = tl.minimum(tl.maximum(h + size_h // 2, 0), size_h - 1)  # rows that are not there see what no bias is for
+        w = tl.minimum(tl.maximum(w + size_w // 2, 0), size_w - 1)
+        x = tl.load(bias_ptr + h * size_w + w, mask=seen, other=0.0).to(tl.float32) * unscale
+    else:
+        x = 0.0
+    return tl.where(seen, x, float("-inf"))
+
+
+@triton.jit(do_not_specialize=_MAP)
+def table_kernel(
+    bias_ptr, table_ptr, spans_h_ptr, spans_w_ptr, classes_w, n_classes, size_h, size_w, unscale,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BOX_W: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """table[head, class, row, column]: see _additive. A program writes a BLOCK of one class."""
+    blocks: tl.constexpr = BLOCK_M * COLUMNS // BLOCK
+    program = tl.program_id(0)
+    kind = program // blocks % n_classes
+    head = program // blocks // n_classes
+    place = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = place % COLUMNS
+    lo_h, hi_h, lo_w, hi_w, from_h, from_w = _rule(
+        spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, place // COLUMNS, TILE_H, TILE_W
+    )
+    x = _additive(
+        lo_h, hi_h, lo_w, hi_w, from_h, from_w, n // BOX_W, n % BOX_W, bias_ptr + head * size_h * size_w,
+        size_h, size_w, unscale, BIAS, REVERSE,
+    )  # fmt: skip
+    tl.store(table_ptr + tl.cast(head * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS) + place, x)
+
+
+@triton.jit
+def _parts(members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES: tl.constexpr):
+    """How many segments the (tile, image) pairs of every class fill."""
+    c = tl.arange(0, CLASSES)
+    h = members_h_ptr + c // classes_w
+    w = members_w_ptr + c % classes_w
+    there = c < n_classes
+    count_h = tl.load(h + 1, mask=there, other=0) - tl.load(h, mask=there, other=0)
+    count_w = tl.load(w + 1, mask=there, other=0) - tl.load(w, mask=there, other=0)
+    return (count_h * count_w * batch + share - 1) // share
+
+
+@triton.jit
+def _segment(segment, members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES: tl.constexpr):
+    """A segment's class, and the first and the last (tile, image) pair that it sums of it."""
+    parts = _parts(members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES)
+    kind = tl.sum((tl.cumsum(parts, 0) <= segment).to(tl.int32), 0)
+    part = segment - tl.sum(tl.where(tl.arange(0, CLASSES) < kind, parts, 0), 0)
+    h = members_h_ptr + kind // classes_w
+    w = members_w_ptr + kind % classes_w
+    pairs = (tl.load(h + 1) - tl.load(h)) * (tl.load(w + 1) - tl.load(w)) * batch
+    return kind, part * share, min((part + 1) * share, pairs)
+
+
+@triton.jit
+def _member(turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w):
+    """The tile of a class: pointers to its two rows of the axes' tables."""
+    h = tl.load(members_h_ptr + kind // classes_w)
+    w = tl.load(members_w_ptr + kind % classes_w)
+    count_w = tl.load(members_w_ptr + kind % classes_w + 1) - w
+    return (
+        tiles_h_ptr + 5 * tl.load(order_h_ptr + h + turn // count_w),
+        tiles_w_ptr + 5 * tl.load(order_w_ptr + w + turn % count_w),
+    )
+
+
+@triton.jit
 def _logits(a, b, table, scale, FOLD: tl.constexpr):
     """a . b, scaled and with the table added; all of it over the scale where FOLD."""
     if FOLD:
-        s = tl.dot(a, tl.trans(b), table, input_precision="ieee")
+        s = tl.dot(a, tl.trans(b), table, input_precision=PRECISION)
     else:
-        s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale + table
+        s = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale + table
     return s
 
 
@@ -84,9 +191,9 @@ def _power(s, reference, scale, FOLD: tl.constexpr):
 def _add(s, x, picks):
     """s + x . picks, where picks are zeros and ones: x in two parts, so that a half precision loses little of it."""
     high = x.to(picks.dtype)
-    s = tl.dot(high, picks, s, input_precision="ieee")
+    s = tl.dot(high, picks, s, input_precision=PRECISION)
     if picks.dtype != tl.float32:
-        s = tl.dot((x - high.to(tl.float32)).to(picks.dtype), picks, s)
+        s = tl.dot((x - high.to(tl.float32)).to(picks.dtype), picks, s, input_precision=PRECISION)
     return s
 
 
@@ -94,9 +201,9 @@ def _add(s, x, picks):
 def _add_left(s, picks, x):
     """s + picks . x, likewise."""
     high = x.to(picks.dtype)
-    s = tl.dot(picks, high, s, input_precision="ieee")
+    s = tl.dot(picks, high, s, input_precision=PRECISION)
     if picks.dtype != tl.float32:
-        s = tl.dot(picks, (x - high.to(tl.float32)).to(picks.dtype), s)
+        s = tl.dot(picks, (x - high.to(tl.float32)).to(picks.dtype), s, input_precision=PRECISION)
     return s
 
 
@@ -113,7 +220,7 @@ def _embeddings(ptr, axis, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST:
 @triton.jit
 def _window_logits(q, embeddings, place, factor, REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
     """[queries, BLOCK_W]: what the window's places along an axis add to logits. place: of a query in its block."""
-    product = tl.dot(q, tl.trans(embeddings), input_precision="ieee") * factor
+    product = tl.dot(q, tl.trans(embeddings), input_precision=PRECISION) * factor
     where = tl.arange(0, BLOCK_W)[None, :] - place[:, None] + (REL - 1)
     return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 1)
 
@@ -135,7 +242,7 @@ def _key_logits(
 
     Blocks have QUERIES queries and KEYS keys an axis.
     """
-    product = tl.dot(embeddings, tl.trans(q), input_precision="ieee") * factor
+    product = tl.dot(embeddings, tl.trans(q), input_precision=PRECISION) * factor
     origin = position // QUERIES * KEYS + position % QUERIES - (KEYS + 3 * HALO - 1) - first
     where = tl.arange(0, BLOCK_T)[:, None] - origin[None, :]
     return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 0)
@@ -149,11 +256,11 @@ def _interleave(rows, columns, N: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k_image, v_image, table, held, top, total, acc, start, first_h, first_w,
+    q, k_image, v_image, table, held, rule, bias, top, total, acc, start, first_h, first_w,
     step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, relative,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    REL: tl.constexpr, BLOCK_W: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of keys enters the running softmax (top, total, acc)."""
@@ -166,10 +273,13 @@ def _attend(
     v_row = k_row if SAME_KV else r * v_sh + c * v_sw
     k = load(k_image, k_row[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
     v = load(v_image, v_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
-    if BLOCK_N == COLUMNS:
-        s = _logits(q, k, held, scale, FOLD)
+    if not TABLE:
+        added = _additive(*rule, i[None, :], j[None, :], *bias, BIAS, False)
+    elif BLOCK_N == COLUMNS:
+        added = held
     else:
-        s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
+        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :])
+    s = _logits(q, k, added, scale, FOLD)
     if REL:
         w = tl.arange(0, 2 * BLOCK_W)[:, None]
         picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
@@ -180,14 +290,14 @@ def _attend(
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = _power(s, safe[:, None], scale, FOLD)
     keep = _power(top, safe, scale, FOLD)
-    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
     return new_top, total * keep + tl.sum(p, 1), acc
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_TILED)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, relative_ptr,
-    tiles_h_ptr, tiles_w_ptr,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
@@ -196,16 +306,16 @@ def forward_kernel(
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
-    QUERIES: tl.constexpr,
+    QUERIES: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """o, and the log-sum-exp, over the scale where FOLD: softmax over the box, rows are queries."""
     program = tl.program_id(0)
-    head = tl.program_id(1)
-    tile = program // groups
-    group = program % groups
-    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    head = program % heads  # heads are neighbours in memory
+    tile = program // heads // groups
+    group = program // heads % groups
+    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * (tile // n_tiles_w))
+    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * (tile % n_tiles_w))
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -217,9 +327,14 @@ def forward_kernel(
     place_h = qr.to(tl.int32) % QUERIES
     place_w = qc.to(tl.int32) % QUERIES
     position = (qr * q_width + qc) * heads + head
-    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
+    kind = tl.cast(head % table_heads * n_classes + class_h * classes_w + class_w, tl.int64)
+    table = table_ptr + kind * (BLOCK_M * COLUMNS)
+    bias = (bias_ptr + head * size_h * size_w, size_h, size_w, unscale)
+    rule = (0, 0, 0, 0, 0, 0)
+    if not TABLE:
+        rule = _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, BLOCK_M // TILE_W, TILE_W)
     held = 0.0
-    if BLOCK_N == COLUMNS:
+    if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
@@ -244,24 +359,24 @@ def forward_kernel(
         if UNROLL:
             for chunk in tl.static_range(CHUNKS):
                 top, total, acc = _attend(
-                    q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
+                    q, k_image, v_image, table, held, rule, bias, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
                     k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 top, total, acc = _attend(
-                    q, k_image, v_image, table, held, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
+                    q, k_image, v_image, table, held, rule, bias, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
                     k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             top, total, acc = _attend(
-                q, k_image, v_image, table, held, top, total, acc, CHUNKS * BLOCK_N, c0_h, c0_w,
+                q, k_image, v_image, table, held, rule, bias, top, total, acc, CHUNKS * BLOCK_N, c0_h, c0_w,
                 k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
                 SAME_KV, MASK, FOLD, WIDE, UPCAST,
             )  # fmt: skip
         o = acc * (1.0 / total)[:, None]
@@ -272,11 +387,11 @@ def forward_kernel(
 
 @triton.jit
 def _attend_backward(
-    q, do, lse, delta, k_image, v_image, table, held, dq, drelative, start, first_h, first_w,
+    q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, start, first_h, first_w,
     step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, relative,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    REL: tl.constexpr, BLOCK_W: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dq and to the gradients of the relative logits."""
@@ -289,30 +404,36 @@ def _attend_backward(
     v_row = k_row if SAME_KV else r * v_sh + c * v_sw
     k = load(k_image, k_row[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), UPCAST)
     v = load(v_image, v_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
-    if BLOCK_N == COLUMNS:
-        s = _logits(q, k, held, scale, FOLD)
+    if not TABLE:
+        added = _additive(*rule, i[None, :], j[None, :], *bias, BIAS, False)
+    elif BLOCK_N == COLUMNS:
+        added = held
     else:
-        s = _logits(q, k, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
+        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :])
+    s = _logits(q, k, added, scale, FOLD)
     if REL:
         w = tl.arange(0, 2 * BLOCK_W)[:, None]
         picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
         s = _add(s, relative, picks)
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     p = _power(s, lse[:, None], scale, FOLD)
     if MASK:
         p = tl.where(inside[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if REL:
-        drelative = tl.dot(ds.to(k.dtype), tl.trans(picks), drelative, input_precision="ieee")
-    return dq, drelative
+        drelative = tl.dot(ds.to(k.dtype), tl.trans(picks), drelative, input_precision=PRECISION)
+    return dq, drelative, ds
 
 
-@triton.jit(do_not_specialize=["batch", "share"])
+@triton.jit(do_not_specialize=_SHARED)
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drelative_ptr, table_ptr, relative_ptr,
-    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drelative_ptr, partial_ptr, table_ptr,
+    relative_ptr,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn,
     table_heads, scale, share,
@@ -320,27 +441,29 @@ def rows_kernel(
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
-    QUERIES: tl.constexpr,
+    QUERIES: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, CLASSES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq, the stats that the other passes read, and sums for the embeddings of relative positions; rows are queries.
+    """dq, the stats that the other passes read, and sums for the bias and for relative positions; rows are queries.
 
-    stats[query] = (log-sum-exp, delta = sum(o * do)). A program walks the images and tiles of its segment,
-    segments[segment] = (class, which share of it), in a fixed order: drelative[segment, head, axis, relative position].
+    stats[query] = (log-sum-exp, delta = sum(o * do)). A program walks the images and tiles of its segment, a share of
+    one class, in a fixed order: drelative[segment, head, axis, relative position], and partial[segment, head, row,
+    column], the sums of ds, if SUM_BIAS.
     """
-    segment = tl.program_id(0)
-    head = tl.program_id(1)
-    kind = tl.load(segments_ptr + 2 * segment)
-    part = tl.load(segments_ptr + 2 * segment + 1)
-    member = tl.load(members_ptr + kind)
-    end = min((part + 1) * share, (tl.load(members_ptr + kind + 1) - member) * batch)
+    segment = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    kind, begin, end = _segment(segment, members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    table = table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS)
+    table = table_ptr + tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
+    bias = (bias_ptr + head * size_h * size_w, size_h, size_w, unscale)
+    rule = (0, 0, 0, 0, 0, 0)
+    if not TABLE:
+        rule = _seen(spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m, BLOCK_M // TILE_W, TILE_W)
     held = 0.0
-    if BLOCK_N == COLUMNS:
+    if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     factor = 1.0 / scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
@@ -351,10 +474,17 @@ def rows_kernel(
         embeddings_w = _embeddings(relative_ptr, 1, BLOCK_D, BLOCK_R, UPCAST)
         total_h = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         total_w = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
-        tile = tl.load(member_tiles_ptr + member + turn)
-        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    if SUM_BIAS:
+        sums = ()
+        for _ in tl.static_range(CHUNKS):
+            sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+        rest = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
+    for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
+        tile_h, tile_w = _member(
+            turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w
+        )
+        r0, rows_h, c0_h, class_h = _tile(tile_h)
+        s0, rows_w, c0_w, class_w = _tile(tile_w)
         qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
         mask_q = valid_m[:, None] & (d[None, :] < D)
         mask_o = valid_m[:, None] & (e[None, :] < DV)
@@ -364,7 +494,7 @@ def rows_kernel(
         position = (qr * q_width + qc) * heads + head
         place_h = qr.to(tl.int32) % QUERIES
         place_w = qc.to(tl.int32) % QUERIES
-        for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
+        for image in range(max(begin - turn * batch, 0), min(end - turn * batch, batch)):
             b = tl.cast(image, tl.int64)
             q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
             do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, mask_o, UPCAST)
@@ -384,38 +514,51 @@ def rows_kernel(
             dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             drelative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
             if UNROLL:
+                added = ()
                 for chunk in tl.static_range(CHUNKS):
-                    dq, drelative = _attend_backward(
-                        q, do, lse, delta, k_image, v_image, table, held, dq, drelative, chunk * BLOCK_N,
+                    dq, drelative, ds = _attend_backward(
+                        q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, chunk * BLOCK_N,
                         c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
+                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
                         SAME_KV, MASK, FOLD, WIDE, UPCAST,
                     )  # fmt: skip
+                    if SUM_BIAS:
+                        added += (sums[chunk] + ds,)
+                if SUM_BIAS:
+                    sums = added
             else:
                 for chunk in range(CHUNKS):
-                    dq, drelative = _attend_backward(
-                        q, do, lse, delta, k_image, v_image, table, held, dq, drelative, chunk * BLOCK_N,
+                    dq, drelative, ds = _attend_backward(
+                        q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, chunk * BLOCK_N,
                         c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W,
+                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
                         SAME_KV, MASK, FOLD, WIDE, UPCAST,
                     )  # fmt: skip
             if TAIL > 0:
-                dq, drelative = _attend_backward(
-                    q, do, lse, delta, k_image, v_image, table, held, dq, drelative, CHUNKS * BLOCK_N, c0_h, c0_w,
-                    k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W,
+                dq, drelative, ds = _attend_backward(
+                    q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, CHUNKS * BLOCK_N,
+                    c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
                     SAME_KV, MASK, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
+                if SUM_BIAS:
+                    rest += ds
             dq = dq * scale
             if REL:
                 of_rows, of_columns = tl.split(tl.reshape(drelative, [BLOCK_M, BLOCK_W, 2]))
                 by_row = _by_embedding(of_rows, place_h, REL, BLOCK_W, BLOCK_R).to(q.dtype)
-                dq = tl.dot(by_row, embeddings_h, dq, input_precision="ieee")
-                total_h = tl.dot(tl.trans(by_row), q, total_h, input_precision="ieee")
+                dq = tl.dot(by_row, embeddings_h, dq, input_precision=PRECISION)
+                total_h = tl.dot(tl.trans(by_row), q, total_h, input_precision=PRECISION)
                 by_column = _by_embedding(of_columns, place_w, REL, BLOCK_W, BLOCK_R).to(q.dtype)
-                dq = tl.dot(by_column, embeddings_w, dq, input_precision="ieee")
-                total_w = tl.dot(tl.trans(by_column), q, total_w, input_precision="ieee")
+                dq = tl.dot(by_column, embeddings_w, dq, input_precision=PRECISION)
+                total_w = tl.dot(tl.trans(by_column), q, total_w, input_precision=PRECISION)
             tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
+    if SUM_BIAS:
+        out = partial_ptr + (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * COLUMNS) + (m * COLUMNS)[:, None]
+        for chunk in tl.static_range(CHUNKS):
+            tl.store(out + chunk * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], sums[chunk])
+        if TAIL > 0:
+            tl.store(out + CHUNKS * BLOCK_N + tl.arange(0, TAIL)[None, :], rest)
     if REL:
         place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_D + d[None, :]
         out = (tl.cast(segment, tl.int64) * heads + head) * (2 * BLOCK_R * BLOCK_D)
@@ -425,13 +568,13 @@ def rows_kernel(
 
 @triton.jit
 def _attended_backward(
-    k, v, q_image, do_image, stats_image, table, held, dk, dv, start, first_h, first_w,
+    k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, start, first_h, first_w,
     step_h, step_w, height, width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
     embeddings_h, embeddings_w, key_h, key_w, factor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     TILE_W: tl.constexpr, REL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
     FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to dk and dv."""
@@ -448,10 +591,13 @@ def _attended_backward(
     do = load(do_image, do_row[:, None] + e[None, :], inside[:, None] & (e[None, :] < DV), UPCAST)
     # both stats in one load, half the addresses; the table leaves out columns that are not there
     lse, delta = tl.split(load(stats_image, (2 * position)[:, None] + two[None, :], inside[:, None], False))
-    if BLOCK_N == COLUMNS:
-        s = _logits(k, q, held, scale, FOLD)
+    if not TABLE:
+        added = _additive(*rule, row[None, :], column[None, :], *bias, BIAS, True)
+    elif BLOCK_N == COLUMNS:
+        added = held
     else:
-        s = _logits(k, q, tl.load(table + (m * COLUMNS)[:, None] + n[None, :]), scale, FOLD)
+        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :])
+    s = _logits(k, q, added, scale, FOLD)
     if REL:
         rows = _key_logits(q, embeddings_h, r.to(tl.int32), key_h, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
         columns = _key_logits(q, embeddings_w, c.to(tl.int32), key_w, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
@@ -459,18 +605,18 @@ def _attended_backward(
         t = tl.arange(0, 2 * BLOCK_T)[None, :]
         of_tile = tl.where(t % 2 == 0, (m // TILE_W)[:, None], (m % TILE_W)[:, None])
         s = _add_left(s, (t // 2 == of_tile).to(q.dtype), added)
-    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p = _power(s, lse[None, :], scale, FOLD)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_TILED)
 def columns_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, table_ptr, relative_ptr,
-    tiles_h_ptr, tiles_w_ptr,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
@@ -480,16 +626,16 @@ def columns_kernel(
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
     FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv: rows are keys and columns are the queries that may see them."""
     program = tl.program_id(0)
-    head = tl.program_id(1)
-    tile = program // groups
-    group = program % groups
-    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    head = program % heads  # heads are neighbours in memory
+    tile = program // heads // groups
+    group = program // heads % groups
+    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * (tile // n_tiles_w))
+    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * (tile % n_tiles_w))
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -501,9 +647,14 @@ def columns_kernel(
     v_offset = (kr * v_sh + kc * v_sw)[:, None] + e[None, :]
     dk_offset = (kr * dk_sh + kc * dk_sw)[:, None] + d[None, :]
     dv_offset = (kr * dv_sh + kc * dv_sw)[:, None] + e[None, :]
-    table = table_ptr + (head % table_heads * n_classes + class_h * classes_w + class_w) * (BLOCK_M * COLUMNS)
+    kind = tl.cast(head % table_heads * n_classes + class_h * classes_w + class_w, tl.int64)
+    table = table_ptr + kind * (BLOCK_M * COLUMNS)
+    bias = (bias_ptr + head * size_h * size_w, size_h, size_w, unscale)
+    rule = (0, 0, 0, 0, 0, 0)
+    if not TABLE:
+        rule = _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, BLOCK_M // TILE_W, TILE_W)
     held = 0.0
-    if BLOCK_N == COLUMNS:
+    if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
@@ -526,73 +677,76 @@ def columns_kernel(
         if UNROLL:
             for chunk in tl.static_range(CHUNKS):
                 dk, dv = _attended_backward(
-                    k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
+                    k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
                     embeddings_h, embeddings_w, r0, s0, factor,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
-                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
+                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 dk, dv = _attended_backward(
-                    k, v, q_image, do_image, stats_image, table, held, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
+                    k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
                     embeddings_h, embeddings_w, r0, s0, factor,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
-                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
+                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, FOLD, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             dk, dv = _attended_backward(
-                k, v, q_image, do_image, stats_image, table, held, dk, dv, CHUNKS * BLOCK_N, c0_h, c0_w,
+                k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, CHUNKS * BLOCK_N, c0_h, c0_w,
                 q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
                 embeddings_h, embeddings_w, r0, s0, factor,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS,
-                TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, FOLD, WIDE, UPCAST,
+                TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, FOLD, WIDE, UPCAST,
             )  # fmt: skip
         dk = dk * scale
         tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
         tl.store(dv_ptr + (b * dv_sb + head64 * dv_sn) + dv_offset, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit(do_not_specialize=["batch", "share"])
+@triton.jit(do_not_specialize=_SHARED)
 def square_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, table_ptr,
-    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn, dk_sb, dk_sh, dk_sw, dk_sn, dv_sb, dv_sh, dv_sw, dv_sn,
     table_heads, scale, share,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, COLUMNS: tl.constexpr,
-    BIAS: tl.constexpr, SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS: tl.constexpr, CLASSES: tl.constexpr,
+    SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv and the sums of ds where the keys of a box are seen from its tile alone, and one block holds them.
 
-    A program walks the images and tiles of its segment, as bias_gradient_kernel does.
+    A program walks the images and tiles of its segment, as rows_kernel does.
     """
-    segment = tl.program_id(0)
-    head = tl.program_id(1)
-    kind = tl.load(segments_ptr + 2 * segment)
-    part = tl.load(segments_ptr + 2 * segment + 1)
-    member = tl.load(members_ptr + kind)
-    end = min((part + 1) * share, (tl.load(members_ptr + kind + 1) - member) * batch)
+    segment = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    kind, begin, end = _segment(segment, members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES)
 
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, COLUMNS)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
     place = (m * COLUMNS)[:, None] + n[None, :]
-    table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS) + place)
+    table_ptr += tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
+    table = tl.load(table_ptr + place)
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     if BIAS:
         acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
-        tile = tl.load(member_tiles_ptr + member + turn)
-        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
-        columns_h = tl.load(tiles_h_ptr + tile // n_tiles_w * 5 + 3)
-        columns_w = tl.load(tiles_w_ptr + tile % n_tiles_w * 5 + 3)
+    for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
+        tile_h, tile_w = _member(
+            turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w
+        )
+        r0, rows_h, c0_h, class_h = _tile(tile_h)
+        s0, rows_w, c0_w, class_w = _tile(tile_w)
+        columns_h = tl.load(tile_h + 3)
+        columns_w = tl.load(tile_w + 3)
         qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
         kr, kc, inside, i, j = _columns(n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W, WIDE)
         inside &= (i < columns_h) & (j < columns_w)  # what else the box holds belongs to other tiles
@@ -608,7 +762,7 @@ def square_kernel(
         v_row = k_row if SAME_KV else kr * v_sh + kc * v_sw
         dk_offset = (kr * dk_sh + kc * dk_sw)[:, None] + d[None, :]
         dv_offset = (kr * dv_sh + kc * dv_sw)[:, None] + e[None, :]
-        for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
+        for image in range(max(begin - turn * batch, 0), min(end - turn * batch, batch)):
             b = tl.cast(image, tl.int64)
             q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
             k = load(k_ptr + (b * k_sb + head64 * k_sn), k_row[:, None] + d[None, :], mask_k, UPCAST)
@@ -618,15 +772,15 @@ def square_kernel(
             lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf"))
             delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             s = _logits(q, k, table, scale, FOLD)
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             p = _power(s, lse[:, None], scale, FOLD)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
             if BIAS:
                 acc += ds
             low = ds.to(q.dtype)
-            dq = tl.dot(low, k, input_precision="ieee") * scale
-            dk = tl.dot(tl.trans(low), q, input_precision="ieee") * scale
+            dq = tl.dot(low, k, input_precision=PRECISION) * scale
+            dk = tl.dot(tl.trans(low), q, input_precision=PRECISION) * scale
             tl.store(dv_ptr + (b * dv_sb + head64 * dv_sn) + dv_offset, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
             tl.store(dq_ptr + (b * dq_sb + head64 * dq_sn) + dq_offset, dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
             tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
@@ -635,43 +789,51 @@ def square_kernel(
         tl.store(partial_ptr + out + place, acc)
 
 
-@triton.jit(do_not_specialize=["batch", "share"])
+@triton.jit(do_not_specialize=_SHARED)
 def bias_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, partial_ptr, table_ptr,
-    tiles_h_ptr, tiles_w_ptr, members_ptr, member_tiles_ptr, segments_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, n_classes, q_step_h, q_step_w, k_step_h, k_step_w,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
-    table_heads, scale, share, start,
+    table_heads, scale, share, start, width,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
-    SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
+    CLASSES: tl.constexpr, SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """partial[segment, head, row, column]: ds summed in a fixed order over a share of one class's tiles and images.
 
-    segments[segment] = (class, which share of it). The columns are the CHUNKS blocks of BLOCK_N from `start` on.
+    Of the box, the CHUNKS blocks of BLOCK_N columns from `start` on; a row of `partial` has `width` columns.
     """
-    segment = tl.program_id(0) // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
-    head = tl.program_id(1)
-    kind = tl.load(segments_ptr + 2 * segment)
-    part = tl.load(segments_ptr + 2 * segment + 1)
-    member = tl.load(members_ptr + kind)
-    end = min((part + 1) * share, (tl.load(members_ptr + kind + 1) - member) * batch)
+    head = tl.program_id(0) % heads
+    chunk = tl.program_id(0) // heads % CHUNKS
+    segment = tl.program_id(0) // heads // CHUNKS
+    kind, begin, end = _segment(segment, members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES)
 
     m = tl.arange(0, BLOCK_M)
-    n = start + chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = start + first
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    place = (m * COLUMNS)[:, None] + n[None, :]
-    table = tl.load(table_ptr + (head % table_heads * n_classes + kind) * (BLOCK_M * COLUMNS) + place)
+    if TABLE:
+        table_ptr += tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
+        table = tl.load(table_ptr + (m * COLUMNS)[:, None] + n[None, :])
+    else:
+        rule = _seen(spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m, BLOCK_M // TILE_W, TILE_W)
+        place = bias_ptr + head * size_h * size_w
+        i = (n // BOX_W)[None, :]
+        table = _additive(*rule, i, (n % BOX_W)[None, :], place, size_h, size_w, unscale, BIAS, False)
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for turn in range(part * share // batch, (end + batch - 1) // batch):  # tiles of the class
-        tile = tl.load(member_tiles_ptr + member + turn)
-        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr, tile // n_tiles_w)
-        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr, tile % n_tiles_w)
+    for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
+        tile_h, tile_w = _member(
+            turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w
+        )
+        r0, rows_h, c0_h, class_h = _tile(tile_h)
+        s0, rows_w, c0_w, class_w = _tile(tile_w)
         qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
         position = (qr * q_width + qc) * heads + head
         q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]
@@ -679,7 +841,7 @@ def bias_gradient_kernel(
         kr, kc, inside, row, column = _columns(n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W, WIDE)
         k_row = kr * k_sh + kc * k_sw
         v_row = k_row if SAME_KV else kr * v_sh + kc * v_sw
-        for image in range(max(part * share - turn * batch, 0), min(end - turn * batch, batch)):
+        for image in range(max(begin - turn * batch, 0), min(end - turn * batch, batch)):
             b = tl.cast(image, tl.int64)
             q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, valid_m[:, None] & (d[None, :] < D), UPCAST)
             do = load(do_ptr + (b * do_sb + head64 * do_sn), do_offset, valid_m[:, None] & (e[None, :] < DV), UPCAST)
@@ -691,20 +853,63 @@ def bias_gradient_kernel(
             lse = tl.load(stats, mask=valid_m, other=float("inf"))
             delta = tl.load(stats + 1, mask=valid_m, other=0.0)
             s = _logits(q, k, table, scale, FOLD)
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             p = _power(s, lse[:, None], scale, FOLD)
             acc += p * (dp - delta[:, None])
-    out = (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * COLUMNS)
-    tl.store(partial_ptr + out + place, acc)
+    out = (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * width)
+    tl.store(partial_ptr + out + (m * width)[:, None] + first[None, :], acc)
 
 
-@triton.jit
-def fold_kernel(partial_ptr, starts_ptr, out_ptr, heads, out_sn, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[head, class]: the segments of a class, added in their order."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    kind = tl.program_id(1)
-    head = tl.program_id(2)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for segment in range(tl.load(starts_ptr + kind), tl.load(starts_ptr + kind + 1)):
-        acc += tl.load(partial_ptr + (tl.cast(segment, tl.int64) * heads + head) * SIZE + place)
-    tl.store(out_ptr + tl.cast(head, tl.int64) * out_sn + kind * SIZE + place, acc)
+@triton.jit(do_not_specialize=_SHARED)
+def fold_kernel(
+    partial_ptr, out_ptr, members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, heads, size,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """out[head, class]: the segments of a class, each [size], added in a fixed order."""
+    blocks = size // BLOCK
+    program = tl.program_id(0)
+    place = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    kind = program // blocks % n_classes
+    head = program // blocks // n_classes
+    c = tl.arange(0, CLASSES)
+    parts = _parts(members_h_ptr, members_w_ptr, classes_w, n_classes, batch, share, CLASSES)
+    begin = tl.sum(tl.where(c < kind, parts, 0), 0)
+    end = begin + tl.sum(tl.where(c == kind, parts, 0), 0)
+    acc = tl.zeros([AT_ONCE, BLOCK], tl.float32)
+    for segment in range(begin, end, AT_ONCE):
+        several = segment + tl.arange(0, AT_ONCE)
+        row = (several.to(tl.int64) * heads + head) * size
+        acc += tl.load(partial_ptr + row[:, None] + place[None, :], mask=(several < end)[:, None], other=0.0)
+    tl.store(out_ptr + tl.cast(head * n_classes + kind, tl.int64) * size + place, tl.sum(acc, 0))
+
+
+@triton.jit(do_not_specialize=[*_MAP, "start", "width"])
+def bias_kernel(
+    folded_ptr, out_ptr, spans_h_ptr, spans_w_ptr, classes_w, n_classes, size_h, size_w, start, width,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """out[head, bias entry]: what the pairs of all classes at its distance received, out of folded[head, class, row,
+    column], which holds the `width` columns of a box from `start` on. With ADD, added to what `out` has."""
+    blocks = tl.cdiv(size_h * size_w, BLOCK)
+    program = tl.program_id(0)
+    entry = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    head = program // blocks
+    m = tl.arange(0, BLOCK_M)
+    there = entry < size_h * size_w
+    h = (entry // size_w - size_h // 2)[:, None] + (m // TILE_W)[None, :]
+    w = (entry % size_w - size_w // 2)[:, None] + (m % TILE_W)[None, :]
+    acc = tl.zeros([BLOCK, BLOCK_M], tl.float32)
+    for kind in range(0, n_classes):
+        i = h - tl.load(spans_h_ptr + kind // classes_w * (2 * TILE_H + 1) + 2 * TILE_H)
+        j = w - tl.load(spans_w_ptr + kind % classes_w * (2 * TILE_W + 1) + 2 * TILE_W)
+        n = i * BOX_W + j - start
+        # ds is zero where a row is not there, or does not see a column
+        inside = (i >= 0) & (i < BOX_H) & (j >= 0) & (j < BOX_W) & (n >= 0) & (n < width) & there[:, None]
+        row = folded_ptr + tl.cast(head * n_classes + kind, tl.int64) * (BLOCK_M * width)
+        acc += tl.load(row + (m * width)[None, :] + n, mask=inside, other=0.0)
+    total = tl.sum(acc, 1)
+    out_ptr += head * size_h * size_w + entry
+    if ADD:
+        total += tl.load(out_ptr, mask=there, other=0.0)
+    tl.store(out_ptr, total, mask=there)

@@ -10,17 +10,19 @@ import triton
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import fits_int32, unit, upcast
+from zoo.ops._triton import INTERPRET, fits_int32, unit, upcast
 from zoo.ops._tuning import Config
 
-from .geometry import Axis, Plan, partitions, plan
+from .geometry import Axis, AxisTables, axis_plan, axis_tables, partitions
 from .kernels import (
     bias_gradient_kernel,
+    bias_kernel,
     columns_kernel,
     fold_kernel,
     forward_kernel,
     rows_kernel,
     square_kernel,
+    table_kernel,
 )
 
 __all__ = ["Relative", "local_backward", "local_forward"]
@@ -28,7 +30,9 @@ __all__ = ["Relative", "local_backward", "local_forward"]
 _PARTIALS = 1024  # blocks of partial sums of the bias gradient, and the programs that make them
 _SQUARE = 8  # side of a tile
 _MOST_UNROLLED = 8  # blocks of columns: their addresses are then computed once for all images, for some code
+_MOST_SUMMED = 256  # columns of a box for which rows_kernel sums the gradient of the bias: they must fit its registers
 _PROGRAMS = 2048  # what keeps a GPU busy
+_TABLE_BYTES = 64 * 2**20  # most that a table of additive terms takes; beyond, kernels compute them again and again
 
 
 @dataclass(frozen=True)
@@ -78,55 +82,117 @@ def _configs(q: Tensor, v: Tensor, area: int, tiles: int) -> list[Config]:
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layout:
-    plan: Plan
+    """Tiles against boxes, whose columns come in `chunks` blocks of block_n and one of `tail`.
+
+    arguments: what all kernels are told of it.
+    """
+
+    height: AxisTables
+    width: AxisTables
+    reverse: bool
+    tile: tuple[int, int]
+    columns: int
     block_n: int
     chunks: int
     tail: int
-    tile_w: int
-    box: tuple[int, int]
+    classes: int
+    arguments: dict[str, Any]
+
+    @property
+    def block_m(self) -> int:
+        return self.tile[0] * self.tile[1]
+
+    @property
+    def tiles(self) -> int:
+        return len(self.height.plan.tiles) * len(self.width.plan.tiles)
+
+    def some(self, *names: str) -> dict[str, Any]:
+        return {name: self.arguments[name] for name in names}
 
 
-def _tile(config: Config, height: Axis) -> tuple[int, int]:
+def _tile(side: int, height: Axis) -> tuple[int, int]:
     if height.length == 1 and len(height.lanes) == 1:
-        return 1, config.tile * config.tile
-    return config.tile, config.tile
+        return 1, side * side
+    return side, side
 
 
-@functools.lru_cache(maxsize=256)
-def _layout(
-    height: Axis, width: Axis, config: Config, bias_size: tuple[int, int] | None, reverse: bool, device: torch.device
-) -> _Layout:
+@functools.cache
+def _layout(height: Axis, width: Axis, config: Config, reverse: bool, device: torch.device) -> _Layout:
     """Columns in blocks of config.columns; what is left over goes into one smaller block of its own."""
-    tile = _tile(config, height)
-    area = plan(height, width, tile, bias_size, reverse, 1, device).block_n
-    block_n = min(config.columns, max(16, triton.next_power_of_2(area)))
-    chunks, rest = divmod(area, block_n)
+    tile = _tile(config.tile, height)
+    tables = axis_tables(height, tile[0], reverse, device), axis_tables(width, tile[1], reverse, device)
+    box_h, box_w = tables[0].plan.box, tables[1].plan.box
+    block_n = min(config.columns, max(16, triton.next_power_of_2(box_h * box_w)))
+    chunks, rest = divmod(box_h * box_w, block_n)
     tail = max(16, triton.next_power_of_2(rest)) if rest else 0
     if tail == block_n:
         chunks, tail = chunks + 1, 0
-    laid = plan(height, width, tile, bias_size, reverse, chunks * block_n + tail, device)
-    return _Layout(laid, block_n, chunks, tail, tile[1], (laid.axes[0].box, laid.axes[1].box))
+    columns = chunks * block_n + tail
+    classes = len(tables[0].counts) * len(tables[1].counts)
+    arguments = {
+        "tiles_h_ptr": tables[0].tiles,
+        "tiles_w_ptr": tables[1].tiles,
+        "spans_h_ptr": tables[0].spans,
+        "spans_w_ptr": tables[1].spans,
+        "members_h_ptr": tables[0].members,
+        "members_w_ptr": tables[1].members,
+        "order_h_ptr": tables[0].order,
+        "order_w_ptr": tables[1].order,
+        "n_tiles_w": len(tables[1].plan.tiles),
+        "classes_w": len(tables[1].counts),
+        "n_classes": classes,
+        "TILE_H": tile[0],
+        "TILE_W": tile[1],
+        "BLOCK_M": tile[0] * tile[1],
+        "BOX_H": box_h,
+        "BOX_W": box_w,
+        "BLOCK_N": block_n,
+        "CHUNKS": chunks,
+        "TAIL": tail,
+        "COLUMNS": columns,
+        "CLASSES": max(16, triton.next_power_of_2(classes)),
+    }
+    return _Layout(*tables, reverse, tile, columns, block_n, chunks, tail, classes, arguments)
 
 
+@functools.cache
 def _area(height: Axis, width: Axis, reverse: bool) -> int:
-    laid = plan(height, width, _tile(Config(_SQUARE, 0, 0, 0), height), None, reverse, 1, torch.device("cpu"))
-    return laid.block_n
+    """Columns of the largest box."""
+    tile = _tile(_SQUARE, height)
+    return axis_plan(height, tile[0], reverse).box * axis_plan(width, tile[1], reverse).box
 
 
-def _table(layout: _Layout, bias: Tensor | None, scale: float, fold: bool) -> Tensor:
-    """[heads or 1, classes, BLOCK_M, BLOCK_N]: bias where a pair sees each other, -inf elsewhere.
+def _additive(q: Tensor, layout: _Layout, bias: Tensor | None, scale: float, fold: bool) -> dict[str, Any]:
+    """The table [heads or 1, classes, BLOCK_M, COLUMNS]: bias where a pair sees each other, -inf elsewhere.
 
-    Divided by the scale where the kernel multiplies with it afterwards.
+    Divided by the scale where the kernel multiplies with it afterwards. A table that would be too large is none, and
+    kernels compute what it would hold.
     """
-    index = layout.plan.index
-    if bias is None:
-        flat = index.new_zeros((1, 1), dtype=torch.float32)
-    else:
-        flat = bias.flatten(1).float() * (1 / scale if fold else 1)
-    flat = torch.cat([flat, flat.new_full((flat.shape[0], 1), -math.inf)], 1)
-    return flat.index_select(1, index.flatten()).view(flat.shape[0], *index.shape)
+    heads, size_h, size_w = (1, 1, 1) if bias is None else bias.shape
+    size = layout.block_m * layout.columns
+    unscale = 1 / scale if fold else 1.0
+    found = {
+        "bias_ptr": q if bias is None else bias.contiguous(),
+        "size_h": size_h,
+        "size_w": size_w,
+        "unscale": unscale,
+        "table_heads": heads,
+        "BIAS": bias is not None,
+    }
+    if 4 * heads * layout.classes * size > _TABLE_BYTES:
+        return found | {"table_ptr": q, "TABLE": False}
+    table = q.new_empty((heads, layout.classes, layout.block_m, layout.columns), dtype=torch.float32)
+    block = min(1024, size & -size)
+    named = layout.some(
+        "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BOX_W", "BLOCK_M", "COLUMNS"
+    )
+    table_kernel[(heads * layout.classes * (size // block),)](
+        found["bias_ptr"], table, size_h=size_h, size_w=size_w, unscale=unscale, **named,
+        BLOCK=block, BIAS=bias is not None, REVERSE=layout.reverse,
+    )  # fmt: skip
+    return found | {"table_ptr": table, "TABLE": True}
 
 
 def _images(batch: int, tiles: int, heads: int) -> int:
@@ -139,18 +205,22 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
 
 
-def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, height: Axis, width: Axis) -> dict[str, Any]:
+_OF_TILES = (
+    "tiles_h_ptr", "tiles_w_ptr", "spans_h_ptr", "spans_w_ptr", "n_tiles_w", "classes_w", "n_classes",
+    "TILE_W", "BLOCK_M", "BOX_H", "BOX_W", "COLUMNS",
+)  # fmt: skip
+_OF_MEMBERS = ("members_h_ptr", "members_w_ptr", "order_h_ptr", "order_w_ptr", "CLASSES")
+_OF_BLOCKS = ("BLOCK_N", "CHUNKS", "TAIL")
+
+
+def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, height: Axis, width: Axis) -> dict[str, Any]:
     return {
-        "tiles_h_ptr": layout.plan.tiles_h,
-        "tiles_w_ptr": layout.plan.tiles_w,
         "batch": q.shape[0],
         "heads": q.shape[3],
         "q_height": q.shape[1],
         "q_width": q.shape[2],
         "k_height": k.shape[1],
         "k_width": k.shape[2],
-        "n_tiles_w": layout.plan.tiles_w.shape[0],
-        "n_classes": layout.plan.index.shape[0],
         "q_step_h": height.step,
         "q_step_w": width.step,
         "k_step_h": height.step,
@@ -159,17 +229,13 @@ def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, height: A
         "DV": v.shape[4],
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[4])),
         "BLOCK_DV": max(16, triton.next_power_of_2(v.shape[4])),
-        "TILE_W": layout.tile_w,
-        "BLOCK_M": layout.plan.block_m,
-        "BOX_H": layout.box[0],
-        "BOX_W": layout.box[1],
-        "BLOCK_N": layout.block_n,
-        "CHUNKS": layout.chunks,
-        "TAIL": layout.tail,
-        "COLUMNS": layout.plan.block_n,
-        "UNROLL": layout.chunks <= _MOST_UNROLLED,
         "UPCAST": upcast(q.dtype),
     }
+
+
+def _unroll(layout: _Layout, q: Tensor) -> bool:
+    """Whether the blocks of a box are written out one after the other; in float32 ptxas runs out of registers then."""
+    return layout.chunks <= _MOST_UNROLLED and q.dtype != torch.float32
 
 
 def _stride_arguments(**tensors: Tensor) -> dict[str, int]:
@@ -180,22 +246,19 @@ def _stride_arguments(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _grid(layout: _Layout, batch: int, heads: int) -> tuple[tuple[int, int], int, int]:
-    tiles = layout.plan.tiles_h.shape[0] * layout.plan.tiles_w.shape[0]
-    images = _images(batch, tiles, heads)
+def _grid(layout: _Layout, batch: int, heads: int) -> tuple[tuple[int], int, int]:
+    images = _images(batch, layout.tiles, heads)
     groups = -(-batch // images)
-    return (tiles * groups, heads), groups, images
+    return (layout.tiles * groups * heads,), groups, images
 
 
-def _launch(
-    kind: str, direction: str, q: Tensor, v: Tensor, axes: tuple[Axis, Axis], bias_size: Any, configs: Any, run: Any
-) -> None:
+def _launch(kind: str, direction: str, q: Tensor, v: Tensor, axes: tuple[Axis, Axis], configs: Any, run: Any) -> None:
     dim = max(q.shape[-1], v.shape[-1])
     problem = tuning.key(kind, direction, q, dim, (_side(axes[0]), _side(axes[1])), axes[0].length * axes[1].length)
-    tuning.launch(problem, configs, q.device, run, axes, bias_size, q.shape[-1], v.shape[-1])
+    tuning.launch(problem, configs, q.device, run, axes, q.shape[-1], v.shape[-1])
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def _side(axis: Axis) -> int:
     """The most positions of the axis that a query sees."""
     return max(hi - lo for lane in axis.lanes for lo, hi in zip(lane.lo, lane.hi, strict=True))
@@ -232,24 +295,20 @@ def local_forward(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
     configs = _configs(q, v, _area(height, width, False), 1)
-
     common = _numerics(q, k, v, out, scale=scale)
 
     def run(config: Config) -> None:
-        layout = _layout(height, width, config, bias_size, False, q.device)
-        table = _table(layout, bias, scale, common["FOLD"])
+        layout = _layout(height, width, config, False, q.device)
         grid, groups, images = _grid(layout, batch, heads)
         forward_kernel[grid](
-            q, k, v, out, lse, table, **_relative_arguments(relative, q),
-            **_shape_arguments(q, k, v, layout, height, width), **_stride_arguments(q=q, k=k, v=v),
-            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
-            groups=groups, images=images, MASK=mask, SAME_KV=_same(k, v), **common,
-            num_warps=config.warps, num_stages=config.stages,
+            q, k, v, out, lse, **_relative_arguments(relative, q), **layout.some(*_OF_TILES, *_OF_BLOCKS),
+            **_additive(q, layout, bias, scale, common["FOLD"]), **_shape_arguments(q, k, v, height, width),
+            **_stride_arguments(q=q, k=k, v=v), groups=groups, images=images, UNROLL=_unroll(layout, q), MASK=mask,
+            SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    _launch(kind, "forward", q, v, (height, width), bias_size, configs, run)
+    _launch(kind, "forward", q, v, (height, width), configs, run)
     return out, lse
 
 
@@ -315,103 +374,111 @@ def local_backward(
     q, k, v, grad, out = unit(q), unit(k), unit(v), unit(grad), out.contiguous()
     batch, heads = q.shape[0], q.shape[3]
     dq, dk, dv = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dbias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     tables = (None, None) if relative is None else (relative.height, relative.width)
     drel = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tables]
     if out.numel() == 0:
-        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dbias, (drel[0], drel[1]))
+        return Gradients(
+            dq.zero_(), dk.zero_(), dv.zero_(), None if dbias is None else dbias.zero_(), (drel[0], drel[1])
+        )
     stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
-    bias_size = None if bias is None else (bias.shape[1], bias.shape[2])
     axes = (height, width)
     common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale)
     fold = common["FOLD"]
 
     def rows(config: Config) -> None:
-        layout = _layout(height, width, config, bias_size, False, q.device)
-        table = _table(layout, bias, scale, fold)
-        most = _PROGRAMS if relative is None else _PARTIALS
-        share, segments, _ = _segments(layout.plan.counts, batch, max(1, most // heads), q.device)
+        layout = _layout(height, width, config, False, q.device)
+        additive = _additive(q, layout, bias, scale, fold)
+        unroll = _unroll(layout, q)
+        summed = bias is not None and unroll and layout.columns <= _MOST_SUMMED
+        share, segments = _segments(layout, batch, (_PARTIALS if summed or relative else _PROGRAMS) // heads)
         found = _relative_arguments(relative, q)
-        shape = (segments.shape[0], heads, 2, found["BLOCK_R"], max(16, triton.next_power_of_2(q.shape[-1])))
-        sums = table.new_empty((1,) if relative is None else shape)
-        rows_kernel[(segments.shape[0], heads)](
-            q, k, v, out, grad, lse, stats, dq, sums, table, **found,
-            **_shape_arguments(q, k, v, layout, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq),
-            members_ptr=layout.plan.members, member_tiles_ptr=layout.plan.member_tiles, segments_ptr=segments,
-            table_heads=table.shape[0], share=share, MASK=mask, SAME_KV=_same(k, v), **common,
-            num_warps=config.warps, num_stages=config.stages,
+        shape = (segments, heads, 2, found["BLOCK_R"], max(16, triton.next_power_of_2(q.shape[-1])))
+        sums = lse.new_empty((1,) if relative is None else shape)
+        partial = lse.new_empty((segments, heads, layout.block_m, layout.columns) if summed else (1,))
+        rows_kernel[(segments * heads,)](
+            q, k, v, out, grad, lse, stats, dq, sums, partial, **found, **additive,
+            **layout.some(*_OF_TILES, *_OF_BLOCKS, *_OF_MEMBERS), **_shape_arguments(q, k, v, height, width),
+            **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq), share=share, UNROLL=unroll, SUM_BIAS=summed, MASK=mask,
+            SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         for axis, target in enumerate(drel):
             if target is not None:
                 target.copy_(sums[:, :, axis, : target.shape[0], : target.shape[1]].sum((0, 1)))
-        if bias is not None and dbias is not None:
-            _bias_gradient(layout, config, table, dbias, q, k, v, grad, stats, height, width, common)
+        if dbias is not None and summed:
+            _fold(layout, partial, batch, share, dbias, 0)
+        elif dbias is not None:
+            _bias_gradient(layout, config, additive, dbias, q, k, v, grad, stats, height, width, common)
 
     def columns(config: Config) -> None:
-        layout = _layout(height, width, config, bias_size, True, q.device)
-        table = _table(layout, bias, scale, fold)
+        layout = _layout(height, width, config, True, q.device)
         grid, groups, images = _grid(layout, batch, heads)
         columns_kernel[grid](
-            q, k, v, grad, stats, dk, dv, table, **_relative_arguments(relative, q, config.tile),
-            **_shape_arguments(q, k, v, layout, height, width),
-            **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
-            classes_w=len(layout.plan.axes[1].spans), table_heads=table.shape[0],
-            groups=groups, images=images, **common,
+            q, k, v, grad, stats, dk, dv, **_relative_arguments(relative, q, config.tile),
+            **layout.some(*_OF_TILES, *_OF_BLOCKS), **_additive(q, layout, bias, scale, fold),
+            **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
+            groups=groups, images=images, UNROLL=_unroll(layout, q), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     def square(config: Config) -> None:
         config = replace(config, tile=_SQUARE, columns=_SQUARE**2)
-        layout = _layout(height, width, config, bias_size, False, q.device)
-        table = _table(layout, bias, scale, fold)
-        share, segments, starts = _segments_of(layout, batch, heads, q.device)
-        partial = _partial(layout, segments, heads, bias is not None)
-        shape = _shape_arguments(q, k, v, layout, height, width)
-        for unused in ("TAIL", "UNROLL", "CHUNKS", "BLOCK_N"):
-            del shape[unused]
-        square_kernel[(segments.shape[0], heads)](
-            q, k, v, out, grad, lse, dq, dk, dv, partial, table, **shape,
-            **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq, dk=dk, dv=dv),
-            members_ptr=layout.plan.members, member_tiles_ptr=layout.plan.member_tiles, segments_ptr=segments,
-            table_heads=table.shape[0], share=share, BIAS=bias is not None, SAME_KV=_same(k, v), **common,
+        layout = _layout(height, width, config, False, q.device)
+        additive = _additive(q, layout, bias, scale, fold)
+        del additive["TABLE"]
+        share, segments = _segments(layout, batch, _PARTIALS // heads)
+        shape = (segments, heads, layout.block_m, layout.columns)
+        partial = lse.new_empty(shape if bias is not None else (1,))
+        square_kernel[(segments * heads,)](
+            q, k, v, out, grad, lse, dq, dk, dv, partial, **layout.some(*_OF_TILES, *_OF_MEMBERS), **additive,
+            **_shape_arguments(q, k, v, height, width),
+            **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq, dk=dk, dv=dv), share=share,
+            SAME_KV=_same(k, v), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if dbias is not None:
-            _fold(layout, partial, starts, dbias)
+            _fold(layout, partial, batch, share, dbias, 0)
 
     area = _area(height, width, False)
     if relative is None and not mask and area <= _SQUARE**2 and _partitioned(height, width):
-        _launch(kind, "square", q, v, axes, bias_size, _configs(q, v, area, 3), square)
+        _launch(kind, "square", q, v, axes, _configs(q, v, area, 3), square)
     else:
-        _launch(kind, "rows", q, v, axes, bias_size, _configs(q, v, area, 3), rows)
-        _launch(kind, "columns", q, v, axes, bias_size, _configs(q, v, _area(height, width, True), 2), columns)
+        _launch(kind, "rows", q, v, axes, _configs(q, v, area, 3), rows)
+        _launch(kind, "columns", q, v, axes, _configs(q, v, _area(height, width, True), 2), columns)
     return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
 
 
 def _partitioned(height: Axis, width: Axis) -> bool:
-    tile = _tile(Config(_SQUARE, 0, 0, 0), height)
+    tile = _tile(_SQUARE, height)
     return partitions(height, tile[0]) and partitions(width, tile[1])
 
 
-@functools.lru_cache(maxsize=1024)
-def _segments(counts: tuple[int, ...], batch: int, most: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
-    """How many (tile, image) pairs a program sums, [segments, 2] (class, share of it), and each class's first segment.
+def _segments(layout: _Layout, batch: int, most: int) -> tuple[int, int]:
+    """How many (tile, image) pairs a program sums, and how many programs that makes: `most`, or one a class.
 
-    counts: tiles per class. Every segment has as much to do as the next; there are at most `most`, one a class or more.
+    Every program has as much to do as the next.
     """
-    share = max(1, -(-sum(counts) * batch // most))
-    while sum(-(-count * batch // share) for count in counts) > max(most, len(counts)):
-        share += 1
-    parts = [-(-count * batch // share) for count in counts]
-    rows = [(kind, part) for kind, n in enumerate(parts) for part in range(n)]
-    starts = torch.tensor([0, *parts]).cumsum(0)
-    return share, torch.tensor(rows, dtype=torch.int32).to(device), starts.int().to(device)
+    return _shares(layout.height.counts, layout.width.counts, batch, max(1, most))
+
+
+@functools.lru_cache(maxsize=4096)
+def _shares(counts_h: tuple[int, ...], counts_w: tuple[int, ...], batch: int, most: int) -> tuple[int, int]:
+    pairs = [h * w * batch for h in counts_h for w in counts_w]
+    most = max(most, len(pairs))
+    low, high = max(1, -(-sum(pairs) // most)), max(pairs)
+    while low < high:  # the smallest share of few enough segments
+        middle = (low + high) // 2
+        if sum(-(-n // middle) for n in pairs) > most:
+            low = middle + 1
+        else:
+            high = middle
+    return low, sum(-(-n // low) for n in pairs)
 
 
 def _bias_gradient(
     layout: _Layout,
     config: Config,
-    table: Tensor,
+    additive: dict[str, Any],
     dbias: Tensor,
     q: Tensor,
     k: Tensor,
@@ -422,43 +489,40 @@ def _bias_gradient(
     width: Axis,
     common: dict[str, Any],
 ) -> None:
-    """Sum ds per tile class in a fixed order, then gather what each bias entry received."""
-    laid = layout.plan
-    share, segments, starts = _segments_of(layout, q.shape[0], q.shape[3], q.device)
-    partial = _partial(layout, segments, q.shape[3], True)
-    shape = _shape_arguments(q, k, v, layout, height, width)
-    for unused in ("TAIL", "UNROLL"):
-        del shape[unused]
-    for start, chunks, block in ((0, layout.chunks, layout.block_n), (layout.chunks * layout.block_n, 1, layout.tail)):
-        if block == 0:
-            continue
-        bias_gradient_kernel[(segments.shape[0] * chunks, q.shape[3])](
-            q, k, v, grad, stats, partial, table, **{**shape, "CHUNKS": chunks, "BLOCK_N": block},
-            **_stride_arguments(q=q, k=k, v=v, do=grad),
-            members_ptr=laid.members, member_tiles_ptr=laid.member_tiles, segments_ptr=segments,
-            table_heads=table.shape[0], share=share, start=start, SAME_KV=_same(k, v), **common,
+    """Sum ds per tile class in a fixed order, then what each bias entry received, some columns of a box at a time."""
+    batch, heads = q.shape[0], q.shape[3]
+    blocks = layout.chunks + (layout.tail > 0)
+    share, segments = _segments(layout, batch, _PARTIALS // (heads * blocks))
+    at_once = max(1, _TABLE_BYTES // (4 * segments * heads * layout.block_m * layout.block_n))
+    ranges = [
+        (c * layout.block_n, min(at_once, layout.chunks - c), layout.block_n) for c in range(0, layout.chunks, at_once)
+    ]
+    if layout.tail:
+        ranges.append((layout.chunks * layout.block_n, 1, layout.tail))
+    for start, chunks, block in ranges:
+        partial = stats.new_empty(segments, heads, layout.block_m, chunks * block)
+        bias_gradient_kernel[(segments * chunks * heads,)](
+            q, k, v, grad, stats, partial, **additive, **layout.some(*_OF_TILES, *_OF_MEMBERS),
+            **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad), share=share,
+            start=start, width=chunks * block, BLOCK_N=block, CHUNKS=chunks, SAME_KV=_same(k, v), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    _fold(layout, partial, starts, dbias)
+        _fold(layout, partial, batch, share, dbias, start)
 
 
-def _segments_of(layout: _Layout, batch: int, heads: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
-    blocks = layout.chunks + (layout.tail > 0)
-    return _segments(layout.plan.counts, batch, max(1, _PARTIALS // (heads * blocks)), device)
-
-
-def _partial(layout: _Layout, segments: Tensor, heads: int, bias: bool) -> Tensor:
-    shape = (segments.shape[0], heads, *layout.plan.index.shape[1:])
-    return torch.empty(shape if bias else (1,), dtype=torch.float32, device=segments.device)
-
-
-def _fold(layout: _Layout, partial: Tensor, starts: Tensor, dbias: Tensor) -> None:
-    """Add the segments of every class, then what every bias entry received."""
-    heads, size, classes = partial.shape[1], partial[0, 0].numel(), len(layout.plan.counts)
-    folded = partial.new_empty(heads, classes * size + 1)
-    folded[:, -1] = 0  # for bias entries that receive less than others
-    block = min(1024, size & -size)
-    fold_kernel[(size // block, classes, heads)](
-        partial, starts, folded, heads, folded.stride(0), SIZE=size, BLOCK=block
-    )
-    dbias.copy_(folded[:, layout.plan.inverse].sum(-1).view_as(dbias))
+def _fold(layout: _Layout, partial: Tensor, batch: int, share: int, dbias: Tensor, start: int) -> None:
+    """Add the segments of every class, then what every bias entry received in these columns of the box."""
+    heads, size, width = partial.shape[1], partial[0, 0].numel(), partial.shape[3]
+    folded = partial.new_empty(heads, layout.classes, size)
+    block = math.gcd(size, 1024 if INTERPRET else 32)  # few programs where each takes the interpreter long
+    fold_kernel[(size // block * layout.classes * heads,)](
+        partial, folded, batch=batch, share=share, heads=heads, size=size, BLOCK=block, AT_ONCE=32,
+        **layout.some("members_h_ptr", "members_w_ptr", "classes_w", "n_classes", "CLASSES"),
+    )  # fmt: skip
+    size_h, size_w = dbias.shape[1:]
+    bias_kernel[(triton.cdiv(size_h * size_w, 16) * heads,)](
+        folded, dbias, size_h=size_h, size_w=size_w, start=start, width=width, BLOCK=16, ADD=start > 0,
+        **layout.some(
+            "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BOX_H", "BOX_W", "BLOCK_M"
+        ),
+    )  # fmt: skip

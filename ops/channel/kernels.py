@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import load, unit, upcast
+from zoo.ops._triton import PRECISION, load, unit, upcast
 from zoo.ops._tuning import Config
 
 __all__ = ["channel_backward_triton", "channel_forward_triton"]
@@ -44,7 +44,7 @@ def _product_kernel(
             mask = mask & (d < D)
         x = load(a_base + tl.cast(start, tl.int64) * a_sn, a_offset, mask, UPCAST)
         y = load(b_base + tl.cast(start, tl.int64) * b_sn, b_offset, mask, UPCAST)
-        acc += tl.dot(tl.trans(x), y, input_precision="ieee")
+        acc += tl.dot(tl.trans(x), y, input_precision=PRECISION)
     i = tl.arange(0, BLOCK_D)[:, None]
     place = ((b * tl.num_programs(0) + head) * tl.num_programs(1) + split) * (D * D) + i * D + d
     tl.store(out_ptr + place, acc, mask=(i < D) & (d < D))
@@ -92,7 +92,7 @@ def _apply_kernel(
     j = tl.arange(0, BLOCK_D)[:, None]
     m_ptr = map_ptr + (b * heads + head) * (D * D)
     m = tl.load(m_ptr + (j * map_row + d * map_column), mask=(j < D) & (d < D), other=0.0)
-    y = tl.dot(x, m.to(x.dtype), input_precision="ieee")
+    y = tl.dot(x, m.to(x.dtype), input_precision=PRECISION)
     out = out_ptr + (b * out_sb + head * out_sh + first * out_sn)
     tl.store(out + (n * out_sn + d), y.to(out_ptr.dtype.element_ty), mask=mask)
 

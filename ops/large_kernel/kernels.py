@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, block, load, upcast
+from zoo.ops._triton import INTERPRET, PRECISION, block, load, upcast
 from zoo.ops._tuning import Config
 
 __all__ = ["large_kernel_attention_backward_triton", "large_kernel_attention_triton"]
@@ -191,7 +191,7 @@ def _pointwise_kernel(
             a = (_wide(a) * _wide(gate)).to(a.dtype)
         mask = (ci < C)[:, None] & (co < C)[None, :]
         weight = load(w_ptr, ci[:, None] * w_in + co[None, :] * w_out, mask, UPCAST)
-        acc += tl.dot(a, weight, input_precision="ieee")
+        acc += tl.dot(a, weight, input_precision=PRECISION)
     co = co[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + co, mask=co < C, other=0.0).to(tl.float32)
@@ -237,7 +237,7 @@ def _pointwise_weight_kernel(
         total += _wide(t)
         mask = mask_p if C % BLOCK_CI == 0 else mask_p & (ci < C)
         a = load(a_ptr + (b * a_sb + first * a_sp), a_offset, mask, UPCAST)
-        acc += tl.dot(tl.trans(t), a, input_precision="ieee")
+        acc += tl.dot(tl.trans(t), a, input_precision=PRECISION)
     co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
     tl.store(dw_ptr + (split * C + co)[:, None] * C + ci, acc, mask=(co < C)[:, None] & (ci < C))
     if tl.program_id(2) == 0:

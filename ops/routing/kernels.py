@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, LOG2E, block, fits_int32, load, unit, upcast
+from zoo.ops._triton import INTERPRET, LOG2E, PRECISION, block, fits_int32, load, unit, upcast
 from zoo.ops._tuning import Config
 
 from .layout import Pair, grid_size, key_region_size
@@ -142,7 +142,7 @@ def _nearest_kernel(
         there = c[None, :] < channels
         q = tl.load(q_ptr + m[:, None] * channels + c[None, :], mask=(m[:, None] < regions) & there, other=0.0)
         k = tl.load(k_ptr + n[:, None] * channels + c[None, :], mask=(n[:, None] < regions) & there, other=0.0)
-        s = tl.dot(q, tl.trans(k), s, input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
     # value and region in one integer, so that there are no ties: the value's bits in the order of values, then n
     bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -249,24 +249,31 @@ def _forward_kernel(
         k = _vectors(k_ptr, kr * k_sh + kc * k_sw, inside & there, d, D, ALL, UPCAST)
         if DENSE:
             t = _vectors(table_ptr, (row * blocks + start // BLOCK_N) * WIDTH, row, w, WIDTH, True, UPCAST_TABLE)
-            s = tl.dot(t, spread.to(t.dtype), input_precision="ieee")
-            s = tl.dot(q, tl.trans(k), s, input_precision="ieee")
+            s = tl.dot(t, spread.to(t.dtype), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
             if PLACES != KH * KW:
                 s = tl.where(there[None, :], s, float("-inf"))
         else:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if TOPK * KH * KW % BLOCK_N != 0:
                 s = tl.where(there[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - new_top[:, None])
-        keep = tl.exp2(top - new_top)
+        if DENSE:  # a product that is fused with the difference is not zero for two equal logits of -1e30
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2((s - new_top[:, None]) * scale)
+            keep = tl.exp2((top - new_top) * scale)
+        else:
+            new_top = tl.maximum(top, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - new_top[:, None])
+            keep = tl.exp2(top - new_top)
         total = total * keep + tl.sum(p, 1)
         v = _vectors(v_ptr, kr * v_sh + kc * v_sw, inside & there, e, DV, ALL, UPCAST)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         top = new_top
     o_ptr += (b * height * width * HEADS + head) * DV
     _store(o_ptr, (qr * width + qc) * (HEADS * DV), acc * (1.0 / total)[:, None], valid, e, DV)
     lse_ptr += b * height * width * HEADS + head
+    if DENSE:
+        top = top * scale
     tl.store(lse_ptr + (qr * width + qc) * HEADS, (top + tl.log2(total)) * 0.6931471805599453, mask=valid)
 
 
@@ -333,16 +340,16 @@ def _dq_kernel(
         v = _vectors(v_ptr, kr * v_sh + kc * v_sw, inside & there, e, DV, ALL, UPCAST)
         if DENSE:
             t = _vectors(table_ptr, (row * blocks + start // BLOCK_N) * WIDTH, row, w, WIDTH, True, UPCAST_TABLE)
-            s = tl.dot(t, spread.to(t.dtype), input_precision="ieee")
-            s = tl.dot(q, tl.trans(k), s, input_precision="ieee")
+            s = tl.dot(t, spread.to(t.dtype), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
         else:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(s * scale - lse[:, None])
         if (DENSE and PLACES != KH * KW) or (not DENSE and TOPK * KH * KW % BLOCK_N != 0):
             p = tl.where(there[None, :], p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     _store(dq_ptr + image * D, position * (HEADS * D), dq * factor, valid, d, D)
 
 
@@ -415,15 +422,15 @@ def _dkv_kernel(
             t = _vectors(
                 table_ptr, tl.minimum(picker, regions - 1) * (TILES * WIDTH), row, w, WIDTH, True, UPCAST_TABLE
             )
-            s = tl.dot(spread.to(t.dtype), tl.trans(t), input_precision="ieee")
-            s = tl.dot(k, tl.trans(q), s, input_precision="ieee")
+            s = tl.dot(spread.to(t.dtype), tl.trans(t), input_precision=PRECISION)
+            s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)
         else:
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(s * scale - lse[None, :])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     image = b * k_height * k_width * HEADS + head
     position = (kr * k_width + kc) * HEADS
     _store(dk_ptr + image * D, position * D, dk * factor, valid, d, D)

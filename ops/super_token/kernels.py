@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import block, fits_int32, load, unit, upcast
+from zoo.ops._triton import PRECISION, block, fits_int32, load, unit, upcast
 from zoo.ops._tuning import Config
 
 from .reference import EPS
@@ -67,7 +67,7 @@ def _affinity_kernel(
         mask_t = there[:, None] if even else there[:, None] & (ch < C)
         x = load(x_ptr + b * x_sb, x_offset + ch, mask_x, UPCAST)
         t = load(tokens_ptr + b * t_sb, t_offset + ch, mask_t, UPCAST)
-        acc += tl.dot(x, tl.trans(t).to(x.dtype), input_precision="ieee")
+        acc += tl.dot(x, tl.trans(t).to(x.dtype), input_precision=PRECISION)
     acc *= scale
     if SOFTMAX:
         acc = tl.where((s < 9)[None, :], acc, float("-inf"))
@@ -144,7 +144,7 @@ def _aggregate_kernel(
         a = load(a_base, place, near[:, None] & valid[None, :], UPCAST)
         mask = valid[:, None] if C % BLOCK_C == 0 else valid[:, None] & (ch < C)
         x = load(x_base, (r * x_sh + c * x_sw)[:, None] + ch, mask, UPCAST)
-        acc += tl.dot(a, x.to(a.dtype), input_precision="ieee")
+        acc += tl.dot(a, x.to(a.dtype), input_precision=PRECISION)
         if NORMALIZE:
             # a padded pixel is uniform over its 9
             mass += tl.where(near[:, None] & (in_cell & (valid == 0))[None, :], 1.0 / 9.0, a.to(tl.float32))
@@ -184,7 +184,7 @@ def _spread_kernel(
         t = load(tokens_ptr + b * t_sb, t_offset + ch, there[:, None] if even else there[:, None] & (ch < C), UPCAST)
         if DIVIDE:
             t = (t.to(tl.float32) * share).to(t.dtype)
-        y = tl.dot(a, t.to(a.dtype), input_precision="ieee").to(out_ptr.dtype.element_ty)
+        y = tl.dot(a, t.to(a.dtype), input_precision=PRECISION).to(out_ptr.dtype.element_ty)
         mask = valid[:, None] if even else valid[:, None] & (ch < C)
         tl.store(out_ptr + image * C + (position * C + ch), y, mask=mask)
 
