@@ -16,6 +16,7 @@ __all__ = [
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, so once here too
+_OLDEST = (8, 0)  # below, Triton has no products of bfloat16, and makes those of other dtypes without tensor cores
 _Result = TypeVar("_Result")
 
 
@@ -104,9 +105,19 @@ def without_triton(x: Tensor) -> dict[str, str]:
         return {"triton": "the kernels compute in float32; float64 runs on the other backends"}
     if x.device.type == "cpu" and not _INTERPRET:
         return {"triton": "the tensors are on the CPU, where it runs only in its interpreter (TRITON_INTERPRET=1)"}
+    if x.device.type == "cuda" and (reason := _too_old(x.device)) is not None:
+        return {"triton": reason}
     if x.device.type not in ("cpu", "cuda", "meta"):
         return {"triton": f"the tensors are on {x.device}"}
     return {}
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str | None:
+    capability = (9, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST:
+        return None
+    return f"this GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
 
 
 def runs_triton(op: str, backend: str, x: Tensor) -> bool:

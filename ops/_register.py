@@ -243,11 +243,14 @@ def _gradients_like(inputs: list[str], targets: list[str]) -> Function:
 
 
 def _kernel(name: str, function: Function, check: Function | None) -> Function:
-    """A kernel whose own products keep their dtypes: a backward may run inside the loss's autocast region."""
+    """A kernel whose own products keep their dtypes: a backward may run inside the loss's autocast region.
+
+    The device of the tensors is the current one meanwhile: Triton launches on it.
+    """
 
     @functools.wraps(function)
     def kernel(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_SET):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_SET), torch.cuda.device_of(args[0]):
             if check is not None and not args[-1]:
                 check(name, *args[:-1])
             return function(*args)

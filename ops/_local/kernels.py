@@ -3,9 +3,8 @@
 Every kernel walks the same loop. A program owns one tile of one head and a run of images. The additive table of its
 class (bias, and -inf where a pair does not see each other) holds all there is to know of borders: columns outside the
 map are loaded as zeros, so whether they enter the softmax (zero-key border) is the table's say, unless MASK leaves
-them out. With FOLD the table comes divided by the scale, the product is accumulated onto it, and the scale waits for
-the exponent, which saves two instructions a logit; without, logits keep float32's last digits. Offsets inside an image
-are 32 bits wide unless WIDE.
+them out. Where it would be too large there is none (TABLE is false), and the kernels compute its entries. Offsets
+inside an image are 32 bits wide unless WIDE.
 """
 
 import triton
@@ -83,10 +82,10 @@ def _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H: tl.constexpr, T
 
 @triton.jit
 def _additive(
-    lo_h, hi_h, lo_w, hi_w, from_h, from_w, i, j, bias_ptr, size_h, size_w, unscale,
+    lo_h, hi_h, lo_w, hi_w, from_h, from_w, i, j, bias_ptr, size_h, size_w,
     BIAS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The bias of rows and box columns (i, j) that see each other, over the scale where FOLD; -inf elsewhere."""
+    """The bias of rows and box columns (i, j) that see each other; -inf elsewhere."""
     seen = (i >= lo_h) & (i < hi_h) & (j >= lo_w) & (j < hi_w)
     if BIAS:
         h = i + from_h
@@ -96,7 +95,7 @@ def _additive(
             w = -w
         h = tl.minimum(tl.maximum(h + size_h // 2, 0), size_h - 1)  # rows that are not there see what no bias is for
         w = tl.minimum(tl.maximum(w + size_w // 2, 0), size_w - 1)
-        x = tl.load(bias_ptr + h * size_w + w, mask=seen, other=0.0).to(tl.float32) * unscale
+        x = tl.load(bias_ptr + h * size_w + w, mask=seen, other=0.0).to(tl.float32)
     else:
         x = 0.0
     return tl.where(seen, x, float("-inf"))
@@ -104,7 +103,7 @@ def _additive(
 
 @triton.jit(do_not_specialize=_MAP)
 def table_kernel(
-    bias_ptr, table_ptr, spans_h_ptr, spans_w_ptr, classes_w, n_classes, size_h, size_w, unscale,
+    bias_ptr, table_ptr, spans_h_ptr, spans_w_ptr, classes_w, n_classes, size_h, size_w,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BOX_W: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -120,9 +119,12 @@ def table_kernel(
     )
     x = _additive(
         lo_h, hi_h, lo_w, hi_w, from_h, from_w, n // BOX_W, n % BOX_W, bias_ptr + head * size_h * size_w,
-        size_h, size_w, unscale, BIAS, REVERSE,
+        size_h, size_w, BIAS, REVERSE,
     )  # fmt: skip
-    tl.store(table_ptr + tl.cast(head * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS) + place, x)
+    tl.store(
+        table_ptr + tl.cast(head * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS) + place,
+        x.to(table_ptr.dtype.element_ty),
+    )
 
 
 @triton.jit
@@ -162,28 +164,21 @@ def _member(turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, 
 
 
 @triton.jit
-def _logits(a, b, table, scale, FOLD: tl.constexpr):
-    """a . b, scaled and with the table added; all of it over the scale where FOLD."""
-    if FOLD:
-        s = tl.dot(a, tl.trans(b), table, input_precision=PRECISION)
-    else:
-        s = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale + table
-    return s
+def _logits(a, b, table, scale):
+    """a . b, scaled and with the table added."""
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale + table
 
 
 @triton.jit
-def _base(scale, FOLD: tl.constexpr):
-    """What makes exponents of 2 out of logits."""
-    return scale * 1.4426950408889634 if FOLD else 1.4426950408889634
+def _power(s, reference, HALF: tl.constexpr):
+    """The exponential of logits less a reference for each row or column.
 
-
-@triton.jit
-def _power(s, reference, scale, FOLD: tl.constexpr):
-    """The exponential of logits less a reference for each row or column."""
-    if FOLD:
-        exponent = s * _base(scale, FOLD) - reference * _base(scale, FOLD)
+    In one multiplication and addition where HALF, which costs large logits digits that half precision has not.
+    """
+    if HALF:
+        exponent = s * 1.4426950408889634 - reference * 1.4426950408889634
     else:
-        exponent = (s - reference) * _base(scale, FOLD)
+        exponent = (s - reference) * 1.4426950408889634
     return tl.exp2(exponent)
 
 
@@ -198,7 +193,7 @@ def _add(s, x, picks):
 
 
 @triton.jit
-def _add_left(s, picks, x):
+def _add_rest(s, picks, x):
     """s + picks . x, likewise."""
     high = x.to(picks.dtype)
     s = tl.dot(picks, high, s, input_precision=PRECISION)
@@ -218,9 +213,9 @@ def _embeddings(ptr, axis, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST:
 
 
 @triton.jit
-def _window_logits(q, embeddings, place, factor, REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
+def _window_logits(q, embeddings, place, REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr):
     """[queries, BLOCK_W]: what the window's places along an axis add to logits. place: of a query in its block."""
-    product = tl.dot(q, tl.trans(embeddings), input_precision=PRECISION) * factor
+    product = tl.dot(q, tl.trans(embeddings), input_precision=PRECISION)
     where = tl.arange(0, BLOCK_W)[None, :] - place[:, None] + (REL - 1)
     return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 1)
 
@@ -235,14 +230,14 @@ def _by_embedding(dlogits, place, REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOC
 
 @triton.jit
 def _key_logits(
-    q, embeddings, position, first, factor,
+    q, embeddings, position, first,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_T, queries]: what keys first, first + 1, ... of an axis add to the logits of queries at `position`.
 
     Blocks have QUERIES queries and KEYS keys an axis.
     """
-    product = tl.dot(embeddings, tl.trans(q), input_precision=PRECISION) * factor
+    product = tl.dot(embeddings, tl.trans(q), input_precision=PRECISION)
     origin = position // QUERIES * KEYS + position % QUERIES - (KEYS + 3 * HALO - 1) - first
     where = tl.arange(0, BLOCK_T)[:, None] - origin[None, :]
     return tl.gather(product, tl.minimum(tl.maximum(where, 0), BLOCK_R - 1), 0)
@@ -261,7 +256,7 @@ def _attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of keys enters the running softmax (top, total, acc)."""
     m = tl.arange(0, BLOCK_M)
@@ -276,10 +271,10 @@ def _attend(
     if not TABLE:
         added = _additive(*rule, i[None, :], j[None, :], *bias, BIAS, False)
     elif BLOCK_N == COLUMNS:
-        added = held
+        added = held.to(tl.float32)
     else:
-        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :])
-    s = _logits(q, k, added, scale, FOLD)
+        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :]).to(tl.float32)
+    s = _logits(q, k, added, scale)
     if REL:
         w = tl.arange(0, 2 * BLOCK_W)[:, None]
         picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
@@ -288,8 +283,8 @@ def _attend(
         s = tl.where(inside[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = _power(s, safe[:, None], scale, FOLD)
-    keep = _power(top, safe, scale, FOLD)
+    p = _power(s, safe[:, None], HALF)
+    keep = _power(top, safe, HALF)
     acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
     return new_top, total * keep + tl.sum(p, 1), acc
 
@@ -297,7 +292,7 @@ def _attend(
 @triton.jit(do_not_specialize=_TILED)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, relative_ptr,
-    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
@@ -307,9 +302,9 @@ def forward_kernel(
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     QUERIES: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """o, and the log-sum-exp, over the scale where FOLD: softmax over the box, rows are queries."""
+    """o, and the log-sum-exp: softmax over the box, rows are queries."""
     program = tl.program_id(0)
     head = program % heads  # heads are neighbours in memory
     tile = program // heads // groups
@@ -329,7 +324,7 @@ def forward_kernel(
     position = (qr * q_width + qc) * heads + head
     kind = tl.cast(head % table_heads * n_classes + class_h * classes_w + class_w, tl.int64)
     table = table_ptr + kind * (BLOCK_M * COLUMNS)
-    bias = (bias_ptr + head * size_h * size_w, size_h, size_w, unscale)
+    bias = (bias_ptr + head * size_h * size_w, size_h, size_w)
     rule = (0, 0, 0, 0, 0, 0)
     if not TABLE:
         rule = _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, BLOCK_M // TILE_W, TILE_W)
@@ -338,7 +333,6 @@ def forward_kernel(
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
-    factor = 1.0 / scale if FOLD else 1.0  # of logits that the scale does not concern
     relative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
     if REL:
         embeddings_h = _embeddings(relative_ptr, 0, BLOCK_D, BLOCK_R, UPCAST)
@@ -348,8 +342,8 @@ def forward_kernel(
         b = tl.cast(image, tl.int64)
         q = load(q_ptr + (b * q_sb + head64 * q_sn), q_offset, mask_q, UPCAST)
         if REL:
-            of_rows = _window_logits(q, embeddings_h, place_h, factor, REL, BLOCK_W, BLOCK_R)
-            of_columns = _window_logits(q, embeddings_w, place_w, factor, REL, BLOCK_W, BLOCK_R)
+            of_rows = _window_logits(q, embeddings_h, place_h, REL, BLOCK_W, BLOCK_R)
+            of_columns = _window_logits(q, embeddings_w, place_w, REL, BLOCK_W, BLOCK_R)
             relative = _interleave(of_rows, of_columns, BLOCK_M, BLOCK_W)
         k_image = k_ptr + (b * k_sb + head64 * k_sn)
         v_image = v_ptr + (b * v_sb + head64 * v_sn)
@@ -362,7 +356,7 @@ def forward_kernel(
                     q, k_image, v_image, table, held, rule, bias, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
                     k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                    SAME_KV, MASK, HALF, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
@@ -370,19 +364,19 @@ def forward_kernel(
                     q, k_image, v_image, table, held, rule, bias, top, total, acc, chunk * BLOCK_N, c0_h, c0_w,
                     k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                    SAME_KV, MASK, HALF, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             top, total, acc = _attend(
                 q, k_image, v_image, table, held, rule, bias, top, total, acc, CHUNKS * BLOCK_N, c0_h, c0_w,
                 k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                SAME_KV, MASK, HALF, WIDE, UPCAST,
             )  # fmt: skip
         o = acc * (1.0 / total)[:, None]
         o_offset = (position * DV)[:, None] + e[None, :]
         tl.store(o_ptr + b * map_size * DV + o_offset, o.to(o_ptr.dtype.element_ty), mask=mask_o)
-        tl.store(lse_ptr + b * map_size + position, top + tl.log2(total) / _base(scale, FOLD), mask=valid_m)
+        tl.store(lse_ptr + b * map_size + position, top + tl.log2(total) * 0.6931471805599453, mask=valid_m)
 
 
 @triton.jit
@@ -392,7 +386,7 @@ def _attend_backward(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dq and to the gradients of the relative logits."""
     m = tl.arange(0, BLOCK_M)
@@ -407,16 +401,16 @@ def _attend_backward(
     if not TABLE:
         added = _additive(*rule, i[None, :], j[None, :], *bias, BIAS, False)
     elif BLOCK_N == COLUMNS:
-        added = held
+        added = held.to(tl.float32)
     else:
-        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :])
-    s = _logits(q, k, added, scale, FOLD)
+        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :]).to(tl.float32)
+    s = _logits(q, k, added, scale)
     if REL:
         w = tl.arange(0, 2 * BLOCK_W)[:, None]
         picks = (w // 2 == tl.where(w % 2 == 0, i[None, :], j[None, :])).to(k.dtype)
         s = _add(s, relative, picks)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    p = _power(s, lse[:, None], scale, FOLD)
+    p = _power(s, lse[:, None], HALF)
     if MASK:
         p = tl.where(inside[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
@@ -430,7 +424,7 @@ def _attend_backward(
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drelative_ptr, partial_ptr, table_ptr,
     relative_ptr,
-    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -442,7 +436,7 @@ def rows_kernel(
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     QUERIES: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, CLASSES: tl.constexpr,
-    SAME_KV: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq, the stats that the other passes read, and sums for the bias and for relative positions; rows are queries.
 
@@ -458,14 +452,13 @@ def rows_kernel(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
     table = table_ptr + tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
-    bias = (bias_ptr + head * size_h * size_w, size_h, size_w, unscale)
+    bias = (bias_ptr + head * size_h * size_w, size_h, size_w)
     rule = (0, 0, 0, 0, 0, 0)
     if not TABLE:
         rule = _seen(spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m, BLOCK_M // TILE_W, TILE_W)
     held = 0.0
     if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
-    factor = 1.0 / scale if FOLD else 1.0
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     relative = tl.zeros([BLOCK_M, 2 * BLOCK_W], tl.float32)
@@ -477,7 +470,7 @@ def rows_kernel(
     if SUM_BIAS:
         sums = ()
         for _ in tl.static_range(CHUNKS):
-            sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+            sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]
         rest = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
         tile_h, tile_w = _member(
@@ -506,8 +499,8 @@ def rows_kernel(
             tl.store(stats, lse, mask=valid_m)
             tl.store(stats + 1, delta, mask=valid_m)
             if REL:
-                of_rows = _window_logits(q, embeddings_h, place_h, factor, REL, BLOCK_W, BLOCK_R)
-                of_columns = _window_logits(q, embeddings_w, place_w, factor, REL, BLOCK_W, BLOCK_R)
+                of_rows = _window_logits(q, embeddings_h, place_h, REL, BLOCK_W, BLOCK_R)
+                of_columns = _window_logits(q, embeddings_w, place_w, REL, BLOCK_W, BLOCK_R)
                 relative = _interleave(of_rows, of_columns, BLOCK_M, BLOCK_W)
             k_image = k_ptr + (b * k_sb + head64 * k_sn)
             v_image = v_ptr + (b * v_sb + head64 * v_sn)
@@ -520,10 +513,10 @@ def rows_kernel(
                         q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, chunk * BLOCK_N,
                         c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
                         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                        SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                        SAME_KV, MASK, HALF, WIDE, UPCAST,
                     )  # fmt: skip
                     if SUM_BIAS:
-                        added += (sums[chunk] + ds,)
+                        added += (sums[chunk] + ds,)  # type: ignore[assignment]
                 if SUM_BIAS:
                     sums = added
             else:
@@ -532,14 +525,14 @@ def rows_kernel(
                         q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, chunk * BLOCK_N,
                         c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
                         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                        SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                        SAME_KV, MASK, HALF, WIDE, UPCAST,
                     )  # fmt: skip
             if TAIL > 0:
                 dq, drelative, ds = _attend_backward(
                     q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, CHUNKS * BLOCK_N,
                     c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                    SAME_KV, MASK, FOLD, WIDE, UPCAST,
+                    SAME_KV, MASK, HALF, WIDE, UPCAST,
                 )  # fmt: skip
                 if SUM_BIAS:
                     rest += ds
@@ -570,12 +563,12 @@ def rows_kernel(
 def _attended_backward(
     k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, start, first_h, first_w,
     step_h, step_w, height, width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-    embeddings_h, embeddings_w, key_h, key_w, factor,
+    embeddings_h, embeddings_w, key_h, key_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     TILE_W: tl.constexpr, REL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to dk and dv."""
     m = tl.arange(0, BLOCK_M)
@@ -594,19 +587,19 @@ def _attended_backward(
     if not TABLE:
         added = _additive(*rule, row[None, :], column[None, :], *bias, BIAS, True)
     elif BLOCK_N == COLUMNS:
-        added = held
+        added = held.to(tl.float32)
     else:
-        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :])
-    s = _logits(k, q, added, scale, FOLD)
+        added = tl.load(table + (m * COLUMNS)[:, None] + n[None, :]).to(tl.float32)
+    s = _logits(k, q, added, scale)
     if REL:
-        rows = _key_logits(q, embeddings_h, r.to(tl.int32), key_h, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
-        columns = _key_logits(q, embeddings_w, c.to(tl.int32), key_w, factor, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
+        rows = _key_logits(q, embeddings_h, r.to(tl.int32), key_h, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
+        columns = _key_logits(q, embeddings_w, c.to(tl.int32), key_w, QUERIES, KEYS, HALO, BLOCK_T, BLOCK_R)
         added = tl.reshape(tl.permute(tl.join(rows, columns), (0, 2, 1)), [2 * BLOCK_T, BLOCK_N])
         t = tl.arange(0, 2 * BLOCK_T)[None, :]
         of_tile = tl.where(t % 2 == 0, (m // TILE_W)[:, None], (m % TILE_W)[:, None])
-        s = _add_left(s, (t // 2 == of_tile).to(q.dtype), added)
+        s = _add_rest(s, (t // 2 == of_tile).to(q.dtype), added)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p = _power(s, lse[None, :], scale, FOLD)
+    p = _power(s, lse[None, :], HALF)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -616,7 +609,7 @@ def _attended_backward(
 @triton.jit(do_not_specialize=_TILED)
 def columns_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, table_ptr, relative_ptr,
-    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
@@ -627,7 +620,7 @@ def columns_kernel(
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv: rows are keys and columns are the queries that may see them."""
     program = tl.program_id(0)
@@ -649,7 +642,7 @@ def columns_kernel(
     dv_offset = (kr * dv_sh + kc * dv_sw)[:, None] + e[None, :]
     kind = tl.cast(head % table_heads * n_classes + class_h * classes_w + class_w, tl.int64)
     table = table_ptr + kind * (BLOCK_M * COLUMNS)
-    bias = (bias_ptr + head * size_h * size_w, size_h, size_w, unscale)
+    bias = (bias_ptr + head * size_h * size_w, size_h, size_w)
     rule = (0, 0, 0, 0, 0, 0)
     if not TABLE:
         rule = _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, BLOCK_M // TILE_W, TILE_W)
@@ -658,7 +651,6 @@ def columns_kernel(
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
-    factor = 1.0 / scale if FOLD else 1.0
     embeddings_h = 0.0
     embeddings_w = 0.0
     if REL:
@@ -679,26 +671,26 @@ def columns_kernel(
                 dk, dv = _attended_backward(
                     k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                    embeddings_h, embeddings_w, r0, s0, factor,
+                    embeddings_h, embeddings_w, r0, s0,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
-                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, FOLD, WIDE, UPCAST,
+                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, HALF, WIDE, UPCAST,
                 )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
                 dk, dv = _attended_backward(
                     k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, chunk * BLOCK_N, c0_h, c0_w,
                     q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                    embeddings_h, embeddings_w, r0, s0, factor,
+                    embeddings_h, embeddings_w, r0, s0,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS,
-                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, FOLD, WIDE, UPCAST,
+                    TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, HALF, WIDE, UPCAST,
                 )  # fmt: skip
         if TAIL > 0:
             dk, dv = _attended_backward(
                 k, v, q_image, do_image, stats_image, table, held, rule, bias, dk, dv, CHUNKS * BLOCK_N, c0_h, c0_w,
                 q_step_h, q_step_w, q_height, q_width, q_sh, q_sw, do_sh, do_sw, heads, head, scale,
-                embeddings_h, embeddings_w, r0, s0, factor,
+                embeddings_h, embeddings_w, r0, s0,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS,
-                TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, FOLD, WIDE, UPCAST,
+                TILE_W, REL, BLOCK_R, BLOCK_T, QUERIES, KEYS, HALO, TABLE, BIAS, HALF, WIDE, UPCAST,
             )  # fmt: skip
         dk = dk * scale
         tl.store(dk_ptr + (b * dk_sb + head64 * dk_sn) + dk_offset, dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
@@ -708,7 +700,7 @@ def columns_kernel(
 @triton.jit(do_not_specialize=_SHARED)
 def square_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, table_ptr,
-    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -718,7 +710,7 @@ def square_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, COLUMNS: tl.constexpr,
     BIAS: tl.constexpr, CLASSES: tl.constexpr,
-    SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    SAME_KV: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv and the sums of ds where the keys of a box are seen from its tile alone, and one block holds them.
 
@@ -734,7 +726,7 @@ def square_kernel(
     e = tl.arange(0, BLOCK_DV)
     place = (m * COLUMNS)[:, None] + n[None, :]
     table_ptr += tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
-    table = tl.load(table_ptr + place)
+    table = tl.load(table_ptr + place).to(tl.float32)
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     if BIAS:
@@ -771,9 +763,9 @@ def square_kernel(
             o = tl.load(o_ptr + b * map_size * DV + ((position * DV)[:, None] + e[None, :]), mask=mask_o, other=0.0)
             lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf"))
             delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-            s = _logits(q, k, table, scale, FOLD)
+            s = _logits(q, k, table, scale)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            p = _power(s, lse[:, None], scale, FOLD)
+            p = _power(s, lse[:, None], HALF)
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
             if BIAS:
@@ -792,7 +784,7 @@ def square_kernel(
 @triton.jit(do_not_specialize=_SHARED)
 def bias_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, partial_ptr, table_ptr,
-    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w, unscale,
+    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
     batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
@@ -801,7 +793,7 @@ def bias_gradient_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    CLASSES: tl.constexpr, SAME_KV: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    CLASSES: tl.constexpr, SAME_KV: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """partial[segment, head, row, column]: ds summed in a fixed order over a share of one class's tiles and images.
 
@@ -819,12 +811,12 @@ def bias_gradient_kernel(
     e = tl.arange(0, BLOCK_DV)
     if TABLE:
         table_ptr += tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
-        table = tl.load(table_ptr + (m * COLUMNS)[:, None] + n[None, :])
+        table = tl.load(table_ptr + (m * COLUMNS)[:, None] + n[None, :]).to(tl.float32)
     else:
         rule = _seen(spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m, BLOCK_M // TILE_W, TILE_W)
         place = bias_ptr + head * size_h * size_w
         i = (n // BOX_W)[None, :]
-        table = _additive(*rule, i, (n % BOX_W)[None, :], place, size_h, size_w, unscale, BIAS, False)
+        table = _additive(*rule, i, (n % BOX_W)[None, :], place, size_h, size_w, BIAS, False)
     head64 = tl.cast(head, tl.int64)
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -852,9 +844,9 @@ def bias_gradient_kernel(
             stats = stats_ptr + 2 * b * map_size + 2 * position
             lse = tl.load(stats, mask=valid_m, other=float("inf"))
             delta = tl.load(stats + 1, mask=valid_m, other=0.0)
-            s = _logits(q, k, table, scale, FOLD)
+            s = _logits(q, k, table, scale)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            p = _power(s, lse[:, None], scale, FOLD)
+            p = _power(s, lse[:, None], HALF)
             acc += p * (dp - delta[:, None])
     out = (tl.cast(segment, tl.int64) * heads + head) * (BLOCK_M * width)
     tl.store(partial_ptr + out + (m * width)[:, None] + first[None, :], acc)

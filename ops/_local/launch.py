@@ -27,7 +27,7 @@ from .kernels import (
 
 __all__ = ["Relative", "local_backward", "local_forward"]
 
-_PARTIALS = 1024  # blocks of partial sums of the bias gradient, and the programs that make them
+_PARTIALS = 4  # waves of programs that make partial sums of the bias gradient, each a block of them
 _SQUARE = 8  # side of a tile
 _MOST_UNROLLED = 8  # blocks of columns: their addresses are then computed once for all images, for some code
 _MOST_SUMMED = 256  # columns of a box for which rows_kernel sums the gradient of the bias: they must fit its registers
@@ -71,7 +71,10 @@ def _configs(q: Tensor, v: Tensor, area: int, tiles: int) -> list[Config]:
         tiles: how many tensors are loaded for the rows of a tile.
     """
     dim = q.shape[-1] + v.shape[-1]
-    columns = min(64 if dim <= 160 else 32, max(16, triton.next_power_of_2(area)))
+    most = 64 if dim <= 160 else 32
+    if q.dtype == torch.float32 and dim > 64:
+        most = 16  # its products need more registers
+    columns = min(most, max(16, triton.next_power_of_2(area)))
     small = min(columns, 32)
     width = area if area <= columns * _MOST_UNROLLED else columns  # what an image loads of k and v
     ahead = 2 * (width * dim + 64 * tiles * dim // 2) * q.element_size() + 64 * columns * 4
@@ -103,6 +106,10 @@ class _Layout:
     @property
     def block_m(self) -> int:
         return self.tile[0] * self.tile[1]
+
+    @property
+    def blocks(self) -> int:
+        return self.chunks + (self.tail > 0)
 
     @property
     def tiles(self) -> int:
@@ -164,40 +171,60 @@ def _area(height: Axis, width: Axis, reverse: bool) -> int:
     return axis_plan(height, tile[0], reverse).box * axis_plan(width, tile[1], reverse).box
 
 
-def _additive(q: Tensor, layout: _Layout, bias: Tensor | None, scale: float, fold: bool) -> dict[str, Any]:
+def _has_table(layout: _Layout, heads: int) -> bool:
+    return 4 * heads * layout.classes * layout.block_m * layout.columns <= _TABLE_BYTES
+
+
+def _additive(q: Tensor, layout: _Layout, bias: Tensor | None) -> dict[str, Any]:
     """The table [heads or 1, classes, BLOCK_M, COLUMNS]: bias where a pair sees each other, -inf elsewhere.
 
-    Divided by the scale where the kernel multiplies with it afterwards. A table that would be too large is none, and
-    kernels compute what it would hold.
+    In q's dtype where that is the bias's, which half the memory traffic of a half precision is for. A table that would
+    be too large is none, and kernels compute what it would hold.
     """
     heads, size_h, size_w = (1, 1, 1) if bias is None else bias.shape
     size = layout.block_m * layout.columns
-    unscale = 1 / scale if fold else 1.0
     found = {
         "bias_ptr": q if bias is None else bias.contiguous(),
         "size_h": size_h,
         "size_w": size_w,
-        "unscale": unscale,
         "table_heads": heads,
         "BIAS": bias is not None,
     }
-    if 4 * heads * layout.classes * size > _TABLE_BYTES:
+    if not _has_table(layout, heads):
         return found | {"table_ptr": q, "TABLE": False}
-    table = q.new_empty((heads, layout.classes, layout.block_m, layout.columns), dtype=torch.float32)
+    dtype = q.dtype if bias is None or bias.dtype == q.dtype else torch.float32
+    table = q.new_empty((heads, layout.classes, layout.block_m, layout.columns), dtype=dtype)
     block = min(1024, size & -size)
     named = layout.some(
         "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BOX_W", "BLOCK_M", "COLUMNS"
     )
     table_kernel[(heads * layout.classes * (size // block),)](
-        found["bias_ptr"], table, size_h=size_h, size_w=size_w, unscale=unscale, **named,
+        found["bias_ptr"], table, size_h=size_h, size_w=size_w, **named,
         BLOCK=block, BIAS=bias is not None, REVERSE=layout.reverse,
     )  # fmt: skip
     return found | {"table_ptr": table, "TABLE": True}
 
 
-def _images(batch: int, tiles: int, heads: int) -> int:
-    """Images a program walks over: as many as leave some thousand programs."""
-    return max(1, min(batch, batch * tiles * heads // _PROGRAMS))
+@functools.cache
+def _at_once(device: torch.device) -> int:
+    """How many programs of these kernels a GPU runs side by side: two on a multiprocessor; a Hopper's without a GPU."""
+    return 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132)
+
+
+@functools.lru_cache(maxsize=4096)
+def _images(batch: int, programs: int, at_once: int) -> int:
+    """Images that a program walks over, where an image takes `programs`: about as many as leave _PROGRAMS.
+
+    Of these, those for which the GPU, which works in waves, is done first; what a program does once for all its images
+    counts as half of one.
+    """
+
+    def cost(images: int) -> float:
+        waves = -(-programs * -(-batch // images) // at_once)
+        return waves * (images + 0.5)
+
+    usual = max(1, batch * programs // _PROGRAMS)
+    return min(range(-(-usual // 2), min(batch, max(usual, usual * 4 // 3)) + 1), key=cost)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -235,7 +262,7 @@ def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, height: Axis, width: Axis)
 
 def _unroll(layout: _Layout, q: Tensor) -> bool:
     """Whether the blocks of a box are written out one after the other; in float32 ptxas runs out of registers then."""
-    return layout.chunks <= _MOST_UNROLLED and q.dtype != torch.float32
+    return layout.blocks == 1 or (layout.chunks <= _MOST_UNROLLED and q.dtype != torch.float32)
 
 
 def _stride_arguments(**tensors: Tensor) -> dict[str, int]:
@@ -247,7 +274,7 @@ def _stride_arguments(**tensors: Tensor) -> dict[str, int]:
 
 
 def _grid(layout: _Layout, batch: int, heads: int) -> tuple[tuple[int], int, int]:
-    images = _images(batch, layout.tiles, heads)
+    images = _images(batch, layout.tiles * heads, _at_once(layout.height.tiles.device))
     groups = -(-batch // images)
     return (layout.tiles * groups * heads,), groups, images
 
@@ -303,7 +330,7 @@ def local_forward(
         grid, groups, images = _grid(layout, batch, heads)
         forward_kernel[grid](
             q, k, v, out, lse, **_relative_arguments(relative, q), **layout.some(*_OF_TILES, *_OF_BLOCKS),
-            **_additive(q, layout, bias, scale, common["FOLD"]), **_shape_arguments(q, k, v, height, width),
+            **_additive(q, layout, bias), **_shape_arguments(q, k, v, height, width),
             **_stride_arguments(q=q, k=k, v=v), groups=groups, images=images, UNROLL=_unroll(layout, q), MASK=mask,
             SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -313,9 +340,8 @@ def local_forward(
 
 
 def _numerics(*tensors: Tensor, scale: float) -> dict[str, Any]:
-    """q first. A table that is divided by the scale costs float32 some digits, and must not be by one near zero."""
-    fold = tensors[0].dtype != torch.float32 and 2**-20 < scale < 2**20
-    return {"scale": scale, "FOLD": fold, "WIDE": not fits_int32(*tensors)}
+    """q first."""
+    return {"scale": scale, "HALF": tensors[0].dtype != torch.float32, "WIDE": not fits_int32(*tensors)}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -384,14 +410,14 @@ def local_backward(
     stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
     axes = (height, width)
     common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale)
-    fold = common["FOLD"]
+    partials = _PARTIALS * _at_once(q.device)
 
     def rows(config: Config) -> None:
         layout = _layout(height, width, config, False, q.device)
-        additive = _additive(q, layout, bias, scale, fold)
+        additive = _additive(q, layout, bias)
         unroll = _unroll(layout, q)
         summed = bias is not None and unroll and layout.columns <= _MOST_SUMMED
-        share, segments = _segments(layout, batch, (_PARTIALS if summed or relative else _PROGRAMS) // heads)
+        share, segments = _segments(layout, batch, (partials if summed or relative else _PROGRAMS) // heads)
         found = _relative_arguments(relative, q)
         shape = (segments, heads, 2, found["BLOCK_R"], max(16, triton.next_power_of_2(q.shape[-1])))
         sums = lse.new_empty((1,) if relative is None else shape)
@@ -415,18 +441,17 @@ def local_backward(
         grid, groups, images = _grid(layout, batch, heads)
         columns_kernel[grid](
             q, k, v, grad, stats, dk, dv, **_relative_arguments(relative, q, config.tile),
-            **layout.some(*_OF_TILES, *_OF_BLOCKS), **_additive(q, layout, bias, scale, fold),
+            **layout.some(*_OF_TILES, *_OF_BLOCKS), **_additive(q, layout, bias),
             **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
             groups=groups, images=images, UNROLL=_unroll(layout, q), **common,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     def square(config: Config) -> None:
-        config = replace(config, tile=_SQUARE, columns=_SQUARE**2)
-        layout = _layout(height, width, config, False, q.device)
-        additive = _additive(q, layout, bias, scale, fold)
+        layout = _layout(height, width, replace(config, tile=_SQUARE, columns=_SQUARE**2), False, q.device)
+        additive = _additive(q, layout, bias)
         del additive["TABLE"]
-        share, segments = _segments(layout, batch, _PARTIALS // heads)
+        share, segments = _segments(layout, batch, partials // heads)
         shape = (segments, heads, layout.block_m, layout.columns)
         partial = lse.new_empty(shape if bias is not None else (1,))
         square_kernel[(segments * heads,)](
@@ -440,10 +465,20 @@ def local_backward(
             _fold(layout, partial, batch, share, dbias, 0)
 
     area = _area(height, width, False)
-    if relative is None and not mask and area <= _SQUARE**2 and _partitioned(height, width):
-        _launch(kind, "square", q, v, axes, _configs(q, v, area, 3), square)
+    whole = _layout(height, width, Config(_SQUARE, _SQUARE**2, 4, 1), False, q.device)
+    apart = area <= _SQUARE**2 and _partitioned(height, width)
+    if relative is None and not mask and apart and _has_table(whole, heads):
+        configs = _configs(q, v, area, 3)
+        if q.dtype == torch.float32:
+            configs = [c for c in configs if c.stages == 1]
+        _launch(kind, "square", q, v, axes, configs, square)
     else:
-        _launch(kind, "rows", q, v, axes, _configs(q, v, area, 3), rows)
+        configs = _configs(q, v, area, 3)
+        if relative is not None and q.dtype == torch.float32:
+            configs = [c for c in configs if c.tile < _SQUARE]  # relative positions need registers of their own
+        elif bias is not None and area > configs[0].columns:
+            configs = [replace(configs[0], columns=min(configs[0].columns, 32)), *configs]  # as do sums
+        _launch(kind, "rows", q, v, axes, configs, rows)
         _launch(kind, "columns", q, v, axes, _configs(q, v, _area(height, width, True), 2), columns)
     return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
 
@@ -491,8 +526,7 @@ def _bias_gradient(
 ) -> None:
     """Sum ds per tile class in a fixed order, then what each bias entry received, some columns of a box at a time."""
     batch, heads = q.shape[0], q.shape[3]
-    blocks = layout.chunks + (layout.tail > 0)
-    share, segments = _segments(layout, batch, _PARTIALS // (heads * blocks))
+    share, segments = _segments(layout, batch, _PARTIALS * _at_once(q.device) // (heads * layout.blocks))
     at_once = max(1, _TABLE_BYTES // (4 * segments * heads * layout.block_m * layout.block_n))
     ranges = [
         (c * layout.block_n, min(at_once, layout.chunks - c), layout.block_n) for c in range(0, layout.chunks, at_once)

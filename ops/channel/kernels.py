@@ -21,13 +21,13 @@ __all__ = ["channel_backward_triton", "channel_forward_triton"]
 
 @triton.jit
 def _product_kernel(
-    a_ptr, b_ptr, out_ptr, tokens, share, a_sb, a_sn, a_sh, b_sb, b_sn, b_sh,
+    a_ptr, b_ptr, out_ptr, tokens, heads, share, a_sb, a_sn, a_sh, b_sb, b_sn, b_sh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out[image, head, split, i, j]: the sum of a[n, i] * b[n, j] over the split's tokens."""
-    head = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
     split = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // heads).to(tl.int64)
     n = tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     if WIDE:
@@ -46,7 +46,7 @@ def _product_kernel(
         y = load(b_base + tl.cast(start, tl.int64) * b_sn, b_offset, mask, UPCAST)
         acc += tl.dot(tl.trans(x), y, input_precision=PRECISION)
     i = tl.arange(0, BLOCK_D)[:, None]
-    place = ((b * tl.num_programs(0) + head) * tl.num_programs(1) + split) * (D * D) + i * D + d
+    place = ((b * heads + head) * tl.num_programs(1) + split) * (D * D) + i * D + d
     tl.store(out_ptr + place, acc, mask=(i < D) & (d < D))
 
 
@@ -79,8 +79,9 @@ def _apply_kernel(
 ):  # fmt: skip
     """out[n, i]: the sum over j of x[n, j] * map[j * map_row + i * map_column]."""
     head = (tl.program_id(0) % heads).to(tl.int64)
-    first = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_N
-    b = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    first = (tl.program_id(0) // heads % blocks).to(tl.int64) * BLOCK_N
+    b = (tl.program_id(0) // heads // blocks).to(tl.int64)
     n = tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = n < tokens - first
@@ -128,8 +129,8 @@ def _map(a: Tensor, b: Tensor, scale: float, maps: Tensor | None = None) -> Tens
     partial = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=a.device)
 
     def run(config: Config) -> None:
-        _product_kernel[(heads, splits, batch)](
-            a, b, partial, tokens, share, **_strides("a", a), **_strides("b", b), **_common(config, a, b)
+        _product_kernel[(heads * batch, splits)](
+            a, b, partial, tokens, heads, share, **_strides("a", a), **_strides("b", b), **_common(config, a, b)
         )
 
     _launch("product", a, 64, run)
@@ -148,7 +149,7 @@ def _apply(x: Tensor, maps: Tensor, out: Tensor, transpose: bool) -> None:
 
     def run(config: Config) -> None:
         common = _common(config, x, out)
-        _apply_kernel[(heads * triton.cdiv(tokens, common["BLOCK_N"]), batch)](
+        _apply_kernel[(heads * triton.cdiv(tokens, common["BLOCK_N"]) * batch,)](
             x, maps, out, tokens, heads, 1 if transpose else dim, dim if transpose else 1,
             **_strides("x", x), **_strides("out", out), **common,
         )  # fmt: skip

@@ -170,8 +170,9 @@ def _pointwise_kernel(
 
     A program's first pixel is added to the pointers in 64 bits; WIDE: offsets from there need them too.
     """
-    b = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    tiles = tl.cdiv(pixels, BLOCK_P)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
     p = tl.arange(0, BLOCK_P)[:, None]
     co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
     mask_p = p < pixels - first
@@ -365,7 +366,7 @@ def _pointwise(
 
     def run(config: Config) -> None:
         block_p, block_c = max(16, config.tile), block(channels, config.columns)
-        _pointwise_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c), batch)](
+        _pointwise_kernel[(triton.cdiv(pixels, block_p) * batch, triton.cdiv(channels, block_c))](
             a, a if gate is None else gate, matrix, a if bias is None else bias, a if out_gate is None else out_gate,
             a if add is None else add, y, pixels, **strides, w_in=w_in, w_out=w_out,
             C=channels, GATE=gate is not None, BIAS=bias is not None, OUT_GATE=out_gate is not None,

@@ -83,8 +83,11 @@ def _program(regions, HEADS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.conste
 
 
 @triton.jit
-def _listed(list_ptr, start, n, count, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Regions and tokens at start + n of a list of `count` regions, and which of them the list has."""
+def _listed(list_ptr, start, n, count, regions, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Regions and tokens at start + n of a list of `count` regions, and which of them the list has.
+
+    A number that is no region's, which a caller's list may hold, becomes the nearest one's.
+    """
     if TOKENS % BLOCK == 0:
         region = tl.load(list_ptr + start // TOKENS).to(tl.int32)
         token = start % TOKENS + n
@@ -94,7 +97,7 @@ def _listed(list_ptr, start, n, count, TOKENS: tl.constexpr, BLOCK: tl.constexpr
         there = j < count * TOKENS
         region = tl.load(list_ptr + j // TOKENS, mask=there, other=0).to(tl.int32)
         token = j % TOKENS
-    return region, token, there
+    return tl.minimum(tl.maximum(region, 0), regions - 1), token, there
 
 
 @triton.jit
@@ -157,13 +160,14 @@ def _nearest_kernel(
 
 @triton.jit
 def _table_kernel(
-    index_ptr, table_ptr, blocks, unscale, TOPK: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+    index_ptr, table_ptr, regions, blocks, unscale, TOPK: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is added to a region's logits, COUNT regions to a block: a high part each, a low part each, zeros."""
     row = tl.cast(tl.program_id(0), tl.int64)
     t = tl.arange(0, BLOCK_T)
-    picked = tl.load(index_ptr + row * TOPK + t, mask=t < TOPK, other=-1).to(tl.int32)
+    picked = tl.load(index_ptr + row * TOPK + t, mask=t < TOPK, other=0).to(tl.int32)
+    picked = tl.where(t < TOPK, tl.minimum(tl.maximum(picked, 0), regions - 1), -1)
     table_ptr += row * blocks * WIDTH
     for start in range(0, blocks * COUNT, BLOCK):
         x = start + tl.arange(0, BLOCK)
@@ -185,11 +189,13 @@ def _pickers_kernel(index_ptr, starts_ptr, pickers_ptr, regions, TOPK: tl.conste
     n = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
     for start in range(0, entries, BLOCK):
-        x = tl.load(index_ptr + b * entries + start + n, mask=start + n < entries, other=regions)
+        x = tl.load(index_ptr + b * entries + start + n, mask=start + n < entries, other=0)
+        x = tl.where(start + n < entries, tl.minimum(tl.maximum(x, 0), regions - 1), regions)
         before += (x < region).to(tl.int32)
     place = tl.sum(before, 0)
     for start in range(0, entries, BLOCK):
-        x = tl.load(index_ptr + b * entries + start + n, mask=start + n < entries, other=regions)
+        x = tl.load(index_ptr + b * entries + start + n, mask=start + n < entries, other=0)
+        x = tl.where(start + n < entries, tl.minimum(tl.maximum(x, 0), regions - 1), regions)
         hit = (x == region).to(tl.int32)
         target = place + tl.cumsum(hit, 0) - hit
         tl.store(pickers_ptr + b * entries + target, (start + n) // TOPK, mask=hit > 0)
@@ -244,7 +250,7 @@ def _forward_kernel(
             place = n % PLACES
             there = place < KH * KW
         else:
-            picked, place, there = _listed(index_ptr, start, n, TOPK, KH * KW, BLOCK_N)
+            picked, place, there = _listed(index_ptr, start, n, TOPK, regions, KH * KW, BLOCK_N)
         kr, kc, inside = _place(picked, place, k_height, k_width, COLS, KH, KW, WIDE)
         k = _vectors(k_ptr, kr * k_sh + kc * k_sw, inside & there, d, D, ALL, UPCAST)
         if DENSE:
@@ -334,7 +340,7 @@ def _dq_kernel(
             place = n % PLACES
             there = place < KH * KW
         else:
-            picked, place, there = _listed(index_ptr, start, n, TOPK, KH * KW, BLOCK_N)
+            picked, place, there = _listed(index_ptr, start, n, TOPK, regions, KH * KW, BLOCK_N)
         kr, kc, inside = _place(picked, place, k_height, k_width, COLS, KH, KW, WIDE)
         k = _vectors(k_ptr, kr * k_sh + kc * k_sw, inside & there, d, D, ALL, UPCAST)
         v = _vectors(v_ptr, kr * v_sh + kc * v_sw, inside & there, e, DV, ALL, UPCAST)
@@ -402,7 +408,7 @@ def _dkv_kernel(
             place = (start + n) % (RH * RW)
             there = n >= 0
         else:
-            picker, place, there = _listed(pickers_ptr, start, n, count, RH * RW, BLOCK_N)
+            picker, place, there = _listed(pickers_ptr, start, n, count, regions, RH * RW, BLOCK_N)
         qr, qc, inside = _place(picker, place, height, width, COLS, RH, RW, WIDE)
         inside &= there
         q = _vectors(q_ptr, qr * q_sh + qc * q_sw, inside, d, D, ALL, UPCAST)
@@ -521,7 +527,7 @@ def _table(index: Tensor, dtype: torch.dtype, scale: float, count: int) -> tuple
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16  # -1e30 is beyond float16
     table = torch.empty(batch, regions, blocks, width, dtype=dtype, device=index.device)
     _table_kernel[(batch * regions,)](
-        index, table, blocks, 1 / scale, TOPK=topk, WIDTH=width, COUNT=count, BLOCK_T=_power(topk), BLOCK=64,
+        index, table, regions, blocks, 1 / scale, TOPK=topk, WIDTH=width, COUNT=count, BLOCK_T=_power(topk), BLOCK=64,
         num_warps=1,
     )  # fmt: skip
     return table, width

@@ -49,9 +49,9 @@ def _affinity_kernel(
     SOFTMAX: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out[pixel, 9]: pixel . token * scale, through a softmax over the 9 or as it is."""
-    cell = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    cell = tl.program_id(0) % (rows * cols)
+    b = (tl.program_id(0) // (rows * cols)).to(tl.int64)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     s = tl.arange(0, 16)
     r, c, _, valid = _pixels(cell // cols, cell % cols, p, height, width, TH, TW)
     nr, nc, there = _neighbour(cell // cols, cell % cols, s, rows, cols)
@@ -85,9 +85,9 @@ def _mean_kernel(
     WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out[token]: the mean of its cell, whose pixels outside the map are zeros."""
-    cell = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    ch = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cell = tl.program_id(0) % (rows * cols)
+    b = (tl.program_id(0) // (rows * cols)).to(tl.int64)
+    ch = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, TH * TW, BLOCK_P):
         r, c, _, valid = _pixels(cell // cols, cell % cols, start + tl.arange(0, BLOCK_P), height, width, TH, TW)
@@ -111,10 +111,11 @@ def _aggregate_kernel(
     A program gathers TILE x TILE tokens, and reads each of the cells on and around them once.
     """
     CHUNKS: tl.constexpr = (TH * TW + BLOCK_P - 1) // BLOCK_P
-    tile = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    ch = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     tiles = (cols + TILE - 1) // TILE
+    count = (rows + TILE - 1) // TILE * tiles
+    tile = tl.program_id(0) % count
+    b = (tl.program_id(0) // count).to(tl.int64)
+    ch = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     top = tile // tiles * TILE
     left = tile % tiles * TILE
     t = tl.arange(0, TILE * TILE)
@@ -152,7 +153,7 @@ def _aggregate_kernel(
     if NORMALIZE:
         total = tl.sum(mass, 1) + eps
         acc = acc * (1 / total)[:, None]
-        if tl.program_id(2) == 0:
+        if tl.program_id(1) == 0:
             tl.store(mass_ptr + place, total, mask=on_map)
     tl.store(out_ptr + place[:, None] * C + ch, acc.to(out_ptr.dtype.element_ty), mask=on_map[:, None] & (ch < C))
 
@@ -164,9 +165,9 @@ def _spread_kernel(
     DIVIDE: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out[pixel]: the 9 tokens around its cell under its affinity; tokens over their mass where DIVIDE."""
-    cell = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    cell = tl.program_id(0) % (rows * cols)
+    b = (tl.program_id(0) // (rows * cols)).to(tl.int64)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     s = tl.arange(0, 16)
     r, c, _, valid = _pixels(cell // cols, cell % cols, p, height, width, TH, TW)
     nr, nc, there = _neighbour(cell // cols, cell % cols, s, rows, cols)
@@ -219,7 +220,7 @@ def _common(x: Tensor, th: int, tw: int, config: Config, *others: Tensor) -> dic
 def _affinity(x: Tensor, tokens: Tensor, out: Tensor, th: int, tw: int, scale: float, softmax: bool) -> None:
     def run(config: Config) -> None:
         common = _common(x, th, tw, config, tokens)
-        grid = (common["rows"] * common["cols"], x.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
+        grid = (common["rows"] * common["cols"] * x.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
         _affinity_kernel[grid](
             x, tokens, out, scale=scale, **_strides("x", x), **_strides("t", tokens), **common, SOFTMAX=softmax
         )
@@ -230,7 +231,7 @@ def _affinity(x: Tensor, tokens: Tensor, out: Tensor, th: int, tw: int, scale: f
 def _mean(x: Tensor, out: Tensor, th: int, tw: int) -> None:
     def run(config: Config) -> None:
         common = _common(x, th, tw, config)
-        grid = (common["rows"] * common["cols"], x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))
+        grid = (common["rows"] * common["cols"] * x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))
         _mean_kernel[grid](x, out, **_strides("x", x), **common)
 
     _launch("mean", x, th, tw, run)
@@ -240,7 +241,7 @@ def _aggregate(x: Tensor, affinity: Tensor, out: Tensor, mass: Tensor | None, th
     def run(config: Config) -> None:
         common = _common(x, th, tw, config)
         tiles = triton.cdiv(common["rows"], _TILE) * triton.cdiv(common["cols"], _TILE)
-        _aggregate_kernel[(tiles, x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))](
+        _aggregate_kernel[(tiles * x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))](
             x, affinity, out, x if mass is None else mass, eps=EPS, **_strides("x", x), **common,
             TILE=_TILE, NORMALIZE=mass is not None,
         )  # fmt: skip
@@ -251,7 +252,7 @@ def _aggregate(x: Tensor, affinity: Tensor, out: Tensor, mass: Tensor | None, th
 def _spread(tokens: Tensor, affinity: Tensor, mass: Tensor | None, out: Tensor, th: int, tw: int) -> None:
     def run(config: Config) -> None:
         common = _common(out, th, tw, config, tokens)
-        grid = (common["rows"] * common["cols"], out.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
+        grid = (common["rows"] * common["cols"] * out.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
         _spread_kernel[grid](
             tokens, affinity, tokens if mass is None else mass, out,
             **_strides("t", tokens), **common, DIVIDE=mass is not None,

@@ -138,6 +138,66 @@ def test_cuda_graph(example: Example) -> None:
             assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("example", [e for e in examples.select("tiny") if e.folder in ("neighborhood", "halo")])
+def test_reduce_overhead(example: Example) -> None:
+    """torch.compile's CUDA graphs, forward and backward, at two batches: nothing made inside an op outlives it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: example.call(x), fullgraph=True, mode="reduce-overhead")
+    for batch in (1, 2):
+        leaves = [x.cuda().requires_grad_() for x in example.with_batch(batch, 1).inputs()]
+        expected = example.call(leaves, backend="triton")
+        gradients = torch.autograd.grad(expected, leaves, torch.ones_like(expected))
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = compiled(*leaves)
+            assert torch.equal(out, expected)
+            for a, e in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), gradients, strict=True):
+                torch.testing.assert_close(a, e)
+
+
+def test_a_captured_graph_outlives_other_map_sizes() -> None:
+    """300 other sizes later a graph still finds the tables that it points to; a size not seen before says so."""
+
+    def call(x: Tensor) -> Tensor:
+        return ops.neighborhood_attention(x, x, x, 3, backend="triton")
+
+    x = torch.randn(1, 12, 13, 1, 16, device="cuda")
+    expected = call(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(x)
+    for i in range(300):
+        call(torch.randn(1, 6 + i % 20, 6 + i // 20, 1, 16, device="cuda"))
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+    never = torch.randn(1, 331, 337, 1, 16, device="cuda")
+    with (
+        pytest.raises(RuntimeError, match="call once with tensors of this size"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        call(never)
+
+
+def test_variants_of_kernels_do_not_grow_with_map_sizes() -> None:
+    """40 random maps of multi-scale detection: six variants of a kernel at most."""
+    from zoo.ops._local import kernels
+
+    names = ("forward_kernel", "rows_kernel", "columns_kernel", "bias_gradient_kernel", "table_kernel", "fold_kernel")
+    bias = torch.randn(2, 13, 13, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def variants() -> dict[str, int]:
+        return {n: sum(len(c[0]) for c in getattr(kernels, n).device_caches.values()) for n in names}
+
+    before = variants()
+    sizes = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        height, width = (int(torch.randint(100, most, (), generator=sizes)) for most in (201, 305))
+        q = torch.randn(1, height, width, 2, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        ops.neighborhood_attention(q, q, q, 7, bias=bias, backend="triton").sum().backward()
+    assert max(n - before[name] for name, n in variants().items()) <= 6
+
+
 def needs(gib: float) -> None:
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
