@@ -15,7 +15,7 @@ __all__ = ["INTERPRET", "LOG2E", "PRECISION", "block", "fits_int32", "lasting", 
 LOG2E = math.log2(math.e)
 INTERPRET = triton.knobs.runtime.interpret
 # float32 products: on NVIDIA's tensor cores as three of tf32, which keep float32's error; AMD's have no such form.
-PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+PRECISION = tl.constexpr("ieee" if torch.version.hip or INTERPRET else "tf32x3")
 
 
 def _let_numpy_be_new() -> None:

@@ -88,6 +88,7 @@ GROWTH: dict[str, tuple[Callable[[int], Case], float, float]] = {
 def test_growth_per_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and what the op's README names; the number of keys that a query sees is no factor of it."""
     monkeypatch.setattr(launch, "_PARTIALS", 1)  # the tables of partial sums are at their limit with one image
+    monkeypatch.setattr(launch, "_at_once", lambda device: 1)
     monkeypatch.setattr(large_kernel_kernels, "_MOST_PROGRAMS", 1)
     call, forward, backward = GROWTH[name]
     one, three = peaks(call(1)), peaks(call(3))
@@ -99,6 +100,7 @@ def test_growth_per_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_growth_with_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are per class of tiles, so a longer map of the same classes adds its own results alone."""
     monkeypatch.setattr(launch, "_PARTIALS", 1)
+    monkeypatch.setattr(launch, "_at_once", lambda device: 1)
     small, large = (peaks(neighborhood((n, 8), 5, dim=16)) for n in (24, 40))
     assert large[0] - small[0] <= 0.36 * (large[2] - small[2])
     assert large[1] - small[1] <= 1.07 * (large[2] - small[2])
@@ -107,6 +109,7 @@ def test_growth_with_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_partial_sums_of_the_bias_gradient_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many blocks of partial sums as the limit says."""
     found = {}
+    monkeypatch.setattr(launch, "_at_once", lambda device: 1)
     for splits in (1, 2, 4):
         monkeypatch.setattr(launch, "_PARTIALS", splits)
         found[splits] = peaks(neighborhood((8, 8), 3, batch=4))[1]
