@@ -114,10 +114,10 @@ def without_triton(x: Tensor) -> dict[str, str]:
 
 @torch.compiler.assume_constant_result
 def _too_old(device: torch.device) -> str | None:
-    capability = (9, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
-    if capability >= _OLDEST:
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip or (major, minor) >= _OLDEST:
         return None
-    return f"this GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    return f"this GPU has compute capability {major}.{minor}, and the kernels need {_OLDEST[0]}.{_OLDEST[1]}"
 
 
 def runs_triton(op: str, backend: str, x: Tensor) -> bool:

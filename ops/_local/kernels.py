@@ -32,6 +32,15 @@ def _tile(base):
 
 
 @triton.jit
+def _work(tiles_h_ptr, tiles_w_ptr, n_tiles_w, heads, groups):
+    """Head, group of images and tile of a program; of the tile, pointers to its two rows of the axes' tables."""
+    head = tl.program_id(0) % heads  # heads are neighbours in memory
+    group = tl.program_id(0) // heads % groups
+    tile = tl.program_id(0) // heads // groups
+    return head, group, tiles_h_ptr + 5 * (tile // n_tiles_w), tiles_w_ptr + 5 * (tile % n_tiles_w)
+
+
+@triton.jit
 def _rows(m, first_h, first_w, count_h, count_w, step_h, step_w, TILE_W: tl.constexpr, WIDE: tl.constexpr):
     """Map position of a tile's row m, and whether the tile has that row."""
     i = m // TILE_W
@@ -71,13 +80,6 @@ def _rule(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H: tl.constexpr, T
         tl.load(rows_h + 2 * i), tl.load(rows_h + 2 * i + 1), tl.load(rows_w + 2 * j), tl.load(rows_w + 2 * j + 1),
         tl.load(rows_h + 2 * TILE_H) - i, tl.load(rows_w + 2 * TILE_W) - j,
     )  # fmt: skip
-
-
-@triton.jit
-def _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """_rule of the rows of a product."""
-    lo_h, hi_h, lo_w, hi_w, from_h, from_w = _rule(spans_h_ptr, spans_w_ptr, class_h, class_w, m, TILE_H, TILE_W)
-    return lo_h[:, None], hi_h[:, None], lo_w[:, None], hi_w[:, None], from_h[:, None], from_w[:, None]
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def _add(s, x, picks):
 
 
 @triton.jit
-def _add_rest(s, picks, x):
+def _add_left(s, picks, x):
     """s + picks . x, likewise."""
     high = x.to(picks.dtype)
     s = tl.dot(picks, high, s, input_precision=PRECISION)
@@ -305,12 +307,9 @@ def forward_kernel(
     SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """o, and the log-sum-exp: softmax over the box, rows are queries."""
-    program = tl.program_id(0)
-    head = program % heads  # heads are neighbours in memory
-    tile = program // heads // groups
-    group = program // heads % groups
-    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * (tile // n_tiles_w))
-    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * (tile % n_tiles_w))
+    head, group, tile_h, tile_w = _work(tiles_h_ptr, tiles_w_ptr, n_tiles_w, heads, groups)
+    r0, rows_h, c0_h, class_h = _tile(tile_h)
+    s0, rows_w, c0_w, class_w = _tile(tile_w)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -327,7 +326,7 @@ def forward_kernel(
     bias = (bias_ptr + head * size_h * size_w, size_h, size_w)
     rule = (0, 0, 0, 0, 0, 0)
     if not TABLE:
-        rule = _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, BLOCK_M // TILE_W, TILE_W)
+        rule = _rule(spans_h_ptr, spans_w_ptr, class_h, class_w, m[:, None], BLOCK_M // TILE_W, TILE_W)
     held = 0.0
     if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
@@ -426,7 +425,7 @@ def rows_kernel(
     relative_ptr,
     bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    batch, heads, q_height, q_width, k_height, k_width, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn,
@@ -455,7 +454,9 @@ def rows_kernel(
     bias = (bias_ptr + head * size_h * size_w, size_h, size_w)
     rule = (0, 0, 0, 0, 0, 0)
     if not TABLE:
-        rule = _seen(spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m, BLOCK_M // TILE_W, TILE_W)
+        rule = _rule(
+            spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m[:, None], BLOCK_M // TILE_W, TILE_W
+        )
     held = 0.0
     if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
@@ -470,6 +471,7 @@ def rows_kernel(
     if SUM_BIAS:
         sums = ()
         for _ in tl.static_range(CHUNKS):
+            # a tuple grows block by block, which mypy has no type for
             sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]
         rest = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
@@ -597,7 +599,7 @@ def _attended_backward(
         added = tl.reshape(tl.permute(tl.join(rows, columns), (0, 2, 1)), [2 * BLOCK_T, BLOCK_N])
         t = tl.arange(0, 2 * BLOCK_T)[None, :]
         of_tile = tl.where(t % 2 == 0, (m // TILE_W)[:, None], (m % TILE_W)[:, None])
-        s = _add_rest(s, (t // 2 == of_tile).to(q.dtype), added)
+        s = _add_left(s, (t // 2 == of_tile).to(q.dtype), added)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p = _power(s, lse[None, :], HALF)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -623,12 +625,9 @@ def columns_kernel(
     HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv: rows are keys and columns are the queries that may see them."""
-    program = tl.program_id(0)
-    head = program % heads  # heads are neighbours in memory
-    tile = program // heads // groups
-    group = program // heads % groups
-    r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * (tile // n_tiles_w))
-    s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * (tile % n_tiles_w))
+    head, group, tile_h, tile_w = _work(tiles_h_ptr, tiles_w_ptr, n_tiles_w, heads, groups)
+    r0, rows_h, c0_h, class_h = _tile(tile_h)
+    s0, rows_w, c0_w, class_w = _tile(tile_w)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -645,7 +644,7 @@ def columns_kernel(
     bias = (bias_ptr + head * size_h * size_w, size_h, size_w)
     rule = (0, 0, 0, 0, 0, 0)
     if not TABLE:
-        rule = _seen(spans_h_ptr, spans_w_ptr, class_h, class_w, m, BLOCK_M // TILE_W, TILE_W)
+        rule = _rule(spans_h_ptr, spans_w_ptr, class_h, class_w, m[:, None], BLOCK_M // TILE_W, TILE_W)
     held = 0.0
     if TABLE and BLOCK_N == COLUMNS:
         held = tl.load(table + (m * COLUMNS)[:, None] + tl.arange(0, BLOCK_N)[None, :])
@@ -700,9 +699,9 @@ def columns_kernel(
 @triton.jit(do_not_specialize=_SHARED)
 def square_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, table_ptr,
-    bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
+    tiles_h_ptr, tiles_w_ptr,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    batch, heads, q_height, q_width, k_height, k_width, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn, dk_sb, dk_sh, dk_sw, dk_sn, dv_sb, dv_sh, dv_sw, dv_sn,
@@ -786,7 +785,7 @@ def bias_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, partial_ptr, table_ptr,
     bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes,
+    batch, heads, q_height, q_width, k_height, k_width, classes_w, n_classes,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     table_heads, scale, share, start, width,
@@ -813,7 +812,9 @@ def bias_gradient_kernel(
         table_ptr += tl.cast(head % table_heads * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS)
         table = tl.load(table_ptr + (m * COLUMNS)[:, None] + n[None, :]).to(tl.float32)
     else:
-        rule = _seen(spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m, BLOCK_M // TILE_W, TILE_W)
+        rule = _rule(
+            spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, m[:, None], BLOCK_M // TILE_W, TILE_W
+        )
         place = bias_ptr + head * size_h * size_w
         i = (n // BOX_W)[None, :]
         table = _additive(*rule, i, (n % BOX_W)[None, :], place, size_h, size_w, BIAS, False)

@@ -211,6 +211,11 @@ def _at_once(device: torch.device) -> int:
     return 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132)
 
 
+def _partials(device: torch.device) -> int:
+    """Programs that make partial sums of the bias gradient, and so blocks of these."""
+    return _PARTIALS * _at_once(device)
+
+
 @functools.lru_cache(maxsize=4096)
 def _images(batch: int, programs: int, at_once: int) -> int:
     """Images that a program walks over, where an image takes `programs`: about as many as leave _PROGRAMS.
@@ -233,9 +238,9 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 
 _OF_TILES = (
-    "tiles_h_ptr", "tiles_w_ptr", "spans_h_ptr", "spans_w_ptr", "n_tiles_w", "classes_w", "n_classes",
-    "TILE_W", "BLOCK_M", "BOX_H", "BOX_W", "COLUMNS",
+    "tiles_h_ptr", "tiles_w_ptr", "classes_w", "n_classes", "TILE_W", "BLOCK_M", "BOX_H", "BOX_W", "COLUMNS",
 )  # fmt: skip
+_OF_SPANS = ("spans_h_ptr", "spans_w_ptr")
 _OF_MEMBERS = ("members_h_ptr", "members_w_ptr", "order_h_ptr", "order_w_ptr", "CLASSES")
 _OF_BLOCKS = ("BLOCK_N", "CHUNKS", "TAIL")
 
@@ -329,7 +334,8 @@ def local_forward(
         layout = _layout(height, width, config, False, q.device)
         grid, groups, images = _grid(layout, batch, heads)
         forward_kernel[grid](
-            q, k, v, out, lse, **_relative_arguments(relative, q), **layout.some(*_OF_TILES, *_OF_BLOCKS),
+            q, k, v, out, lse, **_relative_arguments(relative, q),
+            **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, "n_tiles_w"),
             **_additive(q, layout, bias), **_shape_arguments(q, k, v, height, width),
             **_stride_arguments(q=q, k=k, v=v), groups=groups, images=images, UNROLL=_unroll(layout, q), MASK=mask,
             SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
@@ -410,7 +416,7 @@ def local_backward(
     stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
     axes = (height, width)
     common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale)
-    partials = _PARTIALS * _at_once(q.device)
+    partials = _partials(q.device)
 
     def rows(config: Config) -> None:
         layout = _layout(height, width, config, False, q.device)
@@ -424,7 +430,8 @@ def local_backward(
         partial = lse.new_empty((segments, heads, layout.block_m, layout.columns) if summed else (1,))
         rows_kernel[(segments * heads,)](
             q, k, v, out, grad, lse, stats, dq, sums, partial, **found, **additive,
-            **layout.some(*_OF_TILES, *_OF_BLOCKS, *_OF_MEMBERS), **_shape_arguments(q, k, v, height, width),
+            **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, *_OF_MEMBERS),
+            **_shape_arguments(q, k, v, height, width),
             **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq), share=share, UNROLL=unroll, SUM_BIAS=summed, MASK=mask,
             SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -441,7 +448,7 @@ def local_backward(
         grid, groups, images = _grid(layout, batch, heads)
         columns_kernel[grid](
             q, k, v, grad, stats, dk, dv, **_relative_arguments(relative, q, config.tile),
-            **layout.some(*_OF_TILES, *_OF_BLOCKS), **_additive(q, layout, bias),
+            **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, "n_tiles_w"), **_additive(q, layout, bias),
             **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
             groups=groups, images=images, UNROLL=_unroll(layout, q), **common,
             num_warps=config.warps, num_stages=config.stages,
@@ -450,12 +457,12 @@ def local_backward(
     def square(config: Config) -> None:
         layout = _layout(height, width, replace(config, tile=_SQUARE, columns=_SQUARE**2), False, q.device)
         additive = _additive(q, layout, bias)
-        del additive["TABLE"]
         share, segments = _segments(layout, batch, partials // heads)
         shape = (segments, heads, layout.block_m, layout.columns)
         partial = lse.new_empty(shape if bias is not None else (1,))
         square_kernel[(segments * heads,)](
-            q, k, v, out, grad, lse, dq, dk, dv, partial, **layout.some(*_OF_TILES, *_OF_MEMBERS), **additive,
+            q, k, v, out, grad, lse, dq, dk, dv, partial, **layout.some(*_OF_TILES, *_OF_MEMBERS),
+            **{name: additive[name] for name in ("table_ptr", "table_heads", "BIAS")},
             **_shape_arguments(q, k, v, height, width),
             **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq, dk=dk, dv=dv), share=share,
             SAME_KV=_same(k, v), **common,
@@ -465,15 +472,12 @@ def local_backward(
             _fold(layout, partial, batch, share, dbias, 0)
 
     area = _area(height, width, False)
-    whole = _layout(height, width, Config(_SQUARE, _SQUARE**2, 4, 1), False, q.device)
-    apart = area <= _SQUARE**2 and _partitioned(height, width)
-    if relative is None and not mask and apart and _has_table(whole, heads):
-        configs = _configs(q, v, area, 3)
+    configs = _configs(q, v, area, 3)
+    if relative is None and not mask and _in_one_pass(height, width, heads, q.device):
         if q.dtype == torch.float32:
             configs = [c for c in configs if c.stages == 1]
         _launch(kind, "square", q, v, axes, configs, square)
     else:
-        configs = _configs(q, v, area, 3)
         if relative is not None and q.dtype == torch.float32:
             configs = [c for c in configs if c.tile < _SQUARE]  # relative positions need registers of their own
         elif bias is not None and area > configs[0].columns:
@@ -483,9 +487,13 @@ def local_backward(
     return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
 
 
-def _partitioned(height: Axis, width: Axis) -> bool:
+def _in_one_pass(height: Axis, width: Axis, heads: int, device: torch.device) -> bool:
+    """Whether square_kernel can: boxes that are apart, and a block and a table that hold them."""
     tile = _tile(_SQUARE, height)
-    return partitions(height, tile[0]) and partitions(width, tile[1])
+    apart = partitions(height, tile[0]) and partitions(width, tile[1])
+    if not apart or _area(height, width, False) > _SQUARE**2:
+        return False
+    return _has_table(_layout(height, width, Config(_SQUARE, _SQUARE**2, 4, 1), False, device), heads)
 
 
 def _segments(layout: _Layout, batch: int, most: int) -> tuple[int, int]:
@@ -526,17 +534,15 @@ def _bias_gradient(
 ) -> None:
     """Sum ds per tile class in a fixed order, then what each bias entry received, some columns of a box at a time."""
     batch, heads = q.shape[0], q.shape[3]
-    share, segments = _segments(layout, batch, _PARTIALS * _at_once(q.device) // (heads * layout.blocks))
-    at_once = max(1, _TABLE_BYTES // (4 * segments * heads * layout.block_m * layout.block_n))
-    ranges = [
-        (c * layout.block_n, min(at_once, layout.chunks - c), layout.block_n) for c in range(0, layout.chunks, at_once)
-    ]
+    share, segments = _segments(layout, batch, _partials(q.device) // (heads * layout.blocks))
+    most = max(1, _TABLE_BYTES // (4 * segments * heads * layout.block_m * layout.block_n))
+    ranges = [(c * layout.block_n, min(most, layout.chunks - c), layout.block_n) for c in range(0, layout.chunks, most)]
     if layout.tail:
         ranges.append((layout.chunks * layout.block_n, 1, layout.tail))
     for start, chunks, block in ranges:
         partial = stats.new_empty(segments, heads, layout.block_m, chunks * block)
         bias_gradient_kernel[(segments * chunks * heads,)](
-            q, k, v, grad, stats, partial, **additive, **layout.some(*_OF_TILES, *_OF_MEMBERS),
+            q, k, v, grad, stats, partial, **additive, **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_MEMBERS),
             **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad), share=share,
             start=start, width=chunks * block, BLOCK_N=block, CHUNKS=chunks, SAME_KV=_same(k, v), **common,
             num_warps=config.warps, num_stages=config.stages,

@@ -83,11 +83,20 @@ def _program(regions, HEADS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.conste
 
 
 @triton.jit
-def _listed(list_ptr, start, n, count, regions, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Regions and tokens at start + n of a list of `count` regions, and which of them the list has.
+def _nearest(region, regions):
+    """A region's number; a caller's index may hold numbers that are no region's."""
+    return tl.minimum(tl.maximum(region, 0), regions - 1)
 
-    A number that is no region's, which a caller's list may hold, becomes the nearest one's.
-    """
+
+@triton.jit
+def _picks(index_ptr, n, entries, regions):
+    """Entries of an image's index, and `regions` beyond its end."""
+    return tl.where(n < entries, _nearest(tl.load(index_ptr + n, mask=n < entries, other=0), regions), regions)
+
+
+@triton.jit
+def _listed(list_ptr, start, n, count, regions, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Regions and tokens at start + n of a list of `count` regions, and which of them the list has."""
     if TOKENS % BLOCK == 0:
         region = tl.load(list_ptr + start // TOKENS).to(tl.int32)
         token = start % TOKENS + n
@@ -97,7 +106,7 @@ def _listed(list_ptr, start, n, count, regions, TOKENS: tl.constexpr, BLOCK: tl.
         there = j < count * TOKENS
         region = tl.load(list_ptr + j // TOKENS, mask=there, other=0).to(tl.int32)
         token = j % TOKENS
-    return tl.minimum(tl.maximum(region, 0), regions - 1), token, there
+    return _nearest(region, regions), token, there
 
 
 @triton.jit
@@ -167,7 +176,7 @@ def _table_kernel(
     row = tl.cast(tl.program_id(0), tl.int64)
     t = tl.arange(0, BLOCK_T)
     picked = tl.load(index_ptr + row * TOPK + t, mask=t < TOPK, other=0).to(tl.int32)
-    picked = tl.where(t < TOPK, tl.minimum(tl.maximum(picked, 0), regions - 1), -1)
+    picked = tl.where(t < TOPK, _nearest(picked, regions), -1)
     table_ptr += row * blocks * WIDTH
     for start in range(0, blocks * COUNT, BLOCK):
         x = start + tl.arange(0, BLOCK)
@@ -189,13 +198,11 @@ def _pickers_kernel(index_ptr, starts_ptr, pickers_ptr, regions, TOPK: tl.conste
     n = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
     for start in range(0, entries, BLOCK):
-        x = tl.load(index_ptr + b * entries + start + n, mask=start + n < entries, other=0)
-        x = tl.where(start + n < entries, tl.minimum(tl.maximum(x, 0), regions - 1), regions)
+        x = _picks(index_ptr + b * entries, start + n, entries, regions)
         before += (x < region).to(tl.int32)
     place = tl.sum(before, 0)
     for start in range(0, entries, BLOCK):
-        x = tl.load(index_ptr + b * entries + start + n, mask=start + n < entries, other=0)
-        x = tl.where(start + n < entries, tl.minimum(tl.maximum(x, 0), regions - 1), regions)
+        x = _picks(index_ptr + b * entries, start + n, entries, regions)
         hit = (x == region).to(tl.int32)
         target = place + tl.cumsum(hit, 0) - hit
         tl.store(pickers_ptr + b * entries + target, (start + n) // TOPK, mask=hit > 0)
