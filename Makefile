@@ -15,7 +15,7 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found; name one with PYTHON=..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[dev,detection]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,detection,export]"
 	@touch $@
 
 train: $(VENV)/.installed ## train a small NAT on scikit-learn's digits (ARGS="model=... epochs=..." overrides)
@@ -31,7 +31,7 @@ test-all: $(VENV)/.installed ## every test
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-clients: $(VENV)/.installed ## other programs over every family, installed first; writes docs/clients.md
-	$(BIN)/python -m pip install --quiet -e ".[dev,detection,clients]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,detection,export,clients]"
 	$(BIN)/python -m pytest -n $(WORKERS) tests/clients --junitxml=$(VENV)/clients.xml $(ARGS); $(BIN)/python tests/clients/matrix.py $(VENV)/clients.xml
 
 lint: $(VENV)/.installed ## ruff and mypy
