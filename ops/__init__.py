@@ -10,6 +10,7 @@ if __name__ == "ops":  # from a checkout's root, where every op would be registe
 from zoo.ops._backend import resolve_backend as resolve_backend
 from zoo.ops._backend import without_triton as without_triton
 from zoo.ops.channel import channel_attention, channel_attention_qkvpacked
+from zoo.ops.decompositions import decompose as decompose
 from zoo.ops.halo import halo_attention
 from zoo.ops.large_kernel import large_kernel_attention
 from zoo.ops.neighborhood import neighborhood_attention, neighborhood_attention_qkvpacked

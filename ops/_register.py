@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import cast
+from .decompositions import DECOMPOSITIONS
 
-__all__ = ["empty", "pair_flops", "register_op", "register_pair", "register_qkv"]
+__all__ = ["call", "empty", "pair_flops", "register_op", "register_pair", "register_qkv"]
 
 _LIBRARY = torch.library.Library("zoo", "DEF")
 _AUTOCAST_KEYS = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
@@ -24,6 +25,13 @@ _AUTOCAST_SET = torch._C.DispatchKeySet(_AUTOCAST_KEYS[0]).add(_AUTOCAST_KEYS[1]
 _ATTENTION_BACKWARD = 2.5  # five products in place of two: the logits are computed again
 
 Function = Callable[..., Any]
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run a registered op; inside `torch.onnx.export`, which knows none of ours, its form in ATen."""
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        return DECOMPOSITIONS[name](*args)
+    return getattr(torch.ops.zoo, name)(*args)
 
 
 def empty(x: Tensor) -> Tensor:

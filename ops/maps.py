@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from ._register import call
+
 __all__ = ["crop_map", "is_symbolic", "pad_map", "pad_same"]
 
 
@@ -75,7 +77,7 @@ def crop_map(x: Tensor, height: int, width: int) -> Tensor:
         if has_torch_function_unary(x):
             return handle_torch_function(crop_map, (x,), x, height, width)
         if is_symbolic(x.shape[1], x.shape[2]):
-            return torch.ops.zoo.crop_map(x, height, width, 0, 0)
+            return call("crop_map", x, height, width, 0, 0)
     if height == x.shape[1] and width == x.shape[2]:
         return x
     return x[:, :height, :width]
@@ -87,8 +89,9 @@ def _multiple(size: int, multiple: int) -> int:
 
 
 def _pad(x: Tensor, height: int, width: int, top: int = 0, left: int = 0) -> Tensor:
-    if is_symbolic(height, width):
-        return torch.ops.zoo.pad_map(x, height, width, top, left)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (on a line of its own, as TorchScript wants it)
+        if is_symbolic(height, width):
+            return call("pad_map", x, height, width, top, left)
     bottom, right = height - x.shape[1] - top, width - x.shape[2] - left
     if top == 0 and left == 0 and bottom == 0 and right == 0:
         return x

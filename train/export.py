@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from timm.models import save_for_hf
+from timm.models._features import FeatureGetterNet
 
 from zoo import __version__
 from zoo.errors import UserError, first_line
 from zoo.names import nearest_names
+from zoo.programs import DYNAMIC, PROGRAMS, Form, check_parity, write_program
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
 from zoo.train.config import TRAIN, ModelConfig
@@ -31,7 +33,10 @@ from zoo.train.runs import Run, load_run, select_weights
 __all__ = ["FORMATS", "ExportConfig", "Exported", "export", "main"]
 
 _EXPORTER = "attention-zoo"
-_FILES = ("config.json", "model.safetensors", "README.md")  # of an export, in any format
+# of an export, in any format
+_FILES = ("config.json", "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "README.md")
+_PREPARED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what timm says of images
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass
@@ -44,10 +49,26 @@ class ExportConfig:
     num_classes: int | None = None  # of the head of that file, where it is not the published size
     out: str | None = None  # the folder to write
     format: str = "timm"
+    features: bool = False  # maps of the backbone in place of logits
+    out_indices: list[int] | None = None  # of the maps; all where null
+    img_size: str | None = None  # of the images: 224, or 192x256 for height x width; the model's own where null
+    dynamic: str = "auto"  # all, batch, none
+    dtype: str = "float32"
+    opset: int | None = None
+    decompose: bool = False
+    push: str | None = None
     checkpoint: str = "last"  # last, best or previous
     weights: str = "auto"  # ema, raw; auto is ema where the run kept it
     overwrite: bool = False
 
+
+# The keys of some formats only.
+_ONLY = {
+    "push": ("timm",),
+    "opset": ("onnx",),
+    "decompose": ("pt2", "aoti"),
+    **dict.fromkeys(("features", "out_indices", "img_size", "dynamic", "dtype"), tuple(PROGRAMS)),
+}
 
 _USAGE = """usage: zoo export run=RUN_FOLDER out=DIR [key=value ...]
        zoo export model=NAME [pretrained=FILE] out=DIR [key=value ...]
@@ -58,6 +79,21 @@ _USAGE = """usage: zoo export run=RUN_FOLDER out=DIR [key=value ...]
   num_classes how many classes the head in that file has, where it is not the published size
   out         the folder to write; it must not exist, or be empty, unless overwrite=true
   format      timm: model.safetensors, config.json and a model card in timm's hub layout
+              onnx: model.onnx, in ONNX's own operators, for onnxruntime and others
+              pt2:  model.pt2 of torch.export, which torch.export.load reads
+              aoti: model.pt2, compiled by AOTInductor; needs a C++ compiler
+  A program is run in a fresh process on new images and compared with the model before it gets its place.
+  Of onnx, pt2 and aoti:
+  features    true: the backbone's maps in place of logits; out_indices=[1,2,3] picks some. The run of a detector gives
+              its backbone and neck
+  img_size    of the images, 224 or 192x256 (height x width); the model's own where it is not given
+  dynamic     auto (default: all, or what the model allows), all (batch, height and width), batch, none
+  dtype       float32 (default) or float16, of weights, images and outputs
+  opset       of ONNX; PyTorch's own where it is not given
+  decompose   true: pt2 and aoti in PyTorch's own operators, for machines without zoo; else `import zoo.ops` comes first
+  Of timm:
+  push        OWNER/NAME of a repository on the Hugging Face hub, to which the folder is uploaded too
+  Of all:
   checkpoint  last (default), best or previous
   weights     auto (default: the averaged ones where the run kept them), ema or raw
   overwrite   true replaces an earlier export in `out`"""
@@ -80,7 +116,13 @@ def main(argv: Sequence[str]) -> int:
     if config.run and alone:
         raise UserError(f"{alone[0]}= conflicts with run=, which says it; leave one of them out")
     folder = export(Path(config.out), config)
-    print(f'exported to {folder}; timm.create_model("local-dir:{folder}", pretrained=True) loads it after `import zoo`')
+    if config.format == "timm":
+        use = f'timm.create_model("local-dir:{folder}", pretrained=True) loads it after `import zoo`'
+    else:
+        use = f"{folder / 'README.md'} says how it is run"
+    print(f"exported to {folder}; {use}")
+    if config.push:
+        print(f"uploaded to {_push(folder, config.push)}")
     return 0
 
 
@@ -107,8 +149,16 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
     assert isinstance(config, ExportConfig)
     for key, value in paths.items():
         setattr(config, key, value)
-    if config.format not in FORMATS:
-        raise UserError(f"format={config.format!r} is not known; the formats are {', '.join(FORMATS)}")
+    for key, value, choices in (
+        ("format", config.format, FORMATS), ("dynamic", config.dynamic, DYNAMIC), ("dtype", config.dtype, _DTYPES),
+    ):  # fmt: skip
+        if value not in choices:
+            raise UserError(f"{key}={value!r} is not known; the choices are {', '.join(choices)}")
+    for key, formats in _ONLY.items():
+        if getattr(config, key) != getattr(ExportConfig(), key) and config.format not in formats:
+            raise UserError(f"{key}= is of format={' or '.join(formats)}, not of format={config.format}; leave it out")
+    if config.out_indices is not None and not config.features:
+        raise UserError("out_indices= picks maps of the backbone; give features=true with it")
     return config
 
 
@@ -123,6 +173,10 @@ class Exported:
     labels: list[str] | None = None  # names of the classes
     description: str | None = None  # of weights that are not the published ones
     config: dict[str, Any] | None = None  # of the training
+    outputs: tuple[str, ...] = ("logits",)  # names of what it gives
+    fixed_size: bool = False  # whether it takes one size of images only
+    strides: tuple[int, ...] | None = None  # of maps, where it gives these
+    program: dict[str, str] = field(default_factory=dict)  # rows of the card: what was found of the program
 
 
 def export(out: Path, config: ExportConfig) -> Path:
@@ -133,17 +187,24 @@ def export(out: Path, config: ExportConfig) -> Path:
     """
     run = load_run(config.run) if config.run else None
     _check_target(out, run, config.overwrite)
-    exported = _of_model(config) if run is None else _of_run(run, config)
+    if run is None:
+        exported = _of_model(config)
+    elif "detector" in run.config:
+        exported = _of_detector(run, config)
+    else:
+        exported = _of_run(run, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise UserError(f"out={out} cannot be written: {error.strerror}; give another folder") from error
     try:
-        FORMATS[config.format](exported, temporary)
+        FORMATS[config.format](exported, temporary, config)
         for path in (temporary, *temporary.rglob("*")):  # a temporary folder and safetensors shut others out
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _exchange(temporary, out)
+    except UserError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"out={out} cannot be written: {first_line(error)}; make room or give another folder"
@@ -227,23 +288,69 @@ def _is_export(folder: Path) -> bool:
 
 def _of_model(config: ExportConfig) -> Exported:
     source = True if config.pretrained in (None, "true") else config.pretrained
-    model: Any = build_model(ModelConfig(name=str(config.model)), config.num_classes, pretrained=source)
-    check_head(model, source)
-    labels = file_labels(Path(source)) if isinstance(source, str) else model.pretrained_cfg.get("label_names")
+    name, options = str(config.model), _feature_options(config)
+    classes = None if config.features else config.num_classes
+    model: Any = build_model(ModelConfig(name=name, kwargs=options), classes, pretrained=source)
+    if not config.features:
+        check_head(model, source)
+    published = timm.models.get_pretrained_cfg(name)
+    labels = file_labels(Path(source)) if isinstance(source, str) else getattr(published, "label_names", None)
     facts = {"trained on": "-", "weights": f"`{Path(source).name}`" if isinstance(source, str) else "published"}
+    data_config = timm.data.resolve_data_config(
+        pretrained_cfg=published.to_dict() if config.features and published else None,
+        model=None if config.features else model,
+    )
     return Exported(
-        str(config.model),
+        name,
         model.eval(),
-        timm.data.resolve_data_config(model=model),
+        data_config,
         {**facts, "top-1": "not measured"},
         labels,
         f"weights of {Path(source).name}" if isinstance(source, str) else None,
+        fixed_size=bool(getattr(published, "fixed_input_size", False)),
+        **_maps(model, config),
+    )
+
+
+def _feature_options(config: ExportConfig) -> dict[str, Any]:
+    if not config.features:
+        return {}
+    return {"features_only": True, **({} if config.out_indices is None else {"out_indices": config.out_indices})}
+
+
+def _maps(model: Any, config: ExportConfig) -> dict[str, Any]:
+    """Names and strides of what a backbone gives; nothing for a classifier."""
+    if not config.features:
+        return {}
+    info = model.feature_info
+    return {"outputs": tuple(f"map{i}" for i in info.out_indices), "strides": tuple(info.reduction())}
+
+
+def _of_detector(run: Run, config: ExportConfig) -> Exported:
+    if config.format not in PROGRAMS:
+        raise UserError(
+            f"{run.path} is a run of `zoo detect`, whose checkpoints mmdet's tools take as they are; "
+            f"format={' or '.join(PROGRAMS)} writes its backbone and neck"
+        )
+    if config.features or config.weights == "ema":
+        key = "features=" if config.features else "weights=ema"
+        raise UserError(f"{key} is of classifiers; the run of a detector gives the maps of its neck; leave it out")
+    from zoo.train.detection.export import backbone_and_neck
+
+    found = backbone_and_neck(run, config.checkpoint)
+    return Exported(
+        found.name,
+        found.model.eval(),
+        {"input_size": (3, *found.size), "mean": found.mean, "std": found.std},
+        found.facts,
+        found.classes,
+        None,
+        run.config,
+        outputs=tuple(f"map{i}" for i in range(found.count)),
     )
 
 
 def _of_run(run: Run, config: ExportConfig) -> Exported:
-    if "detector" in run.config:
-        raise UserError(f"{run.path} is a run of `zoo detect`; mmdet's tools take its checkpoints as they are")
     cfg = from_container(run.config, TRAIN)
     path, state = run.checkpoint(config.checkpoint)
     classes = state.get("num_classes")
@@ -252,13 +359,22 @@ def _of_run(run: Run, config: ExportConfig) -> Exported:
     weights, kind = select_weights(state, config.weights)
     # what regularizes training is no part of the exported model's arguments
     plain = replace(cfg.model, drop_rate=None, drop_path_rate=None, grad_checkpointing=False)
-    model = build_model(plain, classes, cfg.data.img_size, pretrained=False)
+    model: Any = build_model(plain, classes, cfg.data.img_size, pretrained=False)
     load_weights(model, weights, f"checkpoint {path}")
+    transform = resolve_transform(cfg.data, model, cfg.model.in_chans)
+    if config.features:
+        options = _feature_options(config)
+        options.pop("features_only")
+        try:
+            model = FeatureGetterNet(model, **options)
+        except (AttributeError, IndexError, AssertionError) as error:
+            raise UserError(f"{cfg.model.name} has no maps {config.out_indices or ''}: {first_line(error)}") from error
+    published = timm.models.get_pretrained_cfg(cfg.model.name)
     trained_on = cfg.data.name or "an image folder"
     return Exported(
         cfg.model.name,
         model.eval(),
-        resolve_transform(cfg.data, model, cfg.model.in_chans),
+        transform,
         {
             "trained on": f"{trained_on}, {state.get('epoch', 0)} epochs, {state.get('step', 0)} updates",
             "weights": f"{'averaged (EMA)' if kind == 'ema' else 'raw'}, checkpoint `{path.stem}`",
@@ -267,10 +383,12 @@ def _of_run(run: Run, config: ExportConfig) -> Exported:
         state.get("label_names"),
         f"trained on {trained_on}",
         run.config,
+        fixed_size=bool(getattr(published, "fixed_input_size", False)),
+        **_maps(model, config),
     )
 
 
-def _write_timm(exported: Exported, folder: Path) -> None:
+def _write_timm(exported: Exported, folder: Path, _config: ExportConfig) -> None:
     """model.safetensors, config.json and a model card, in timm's hub layout."""
     own: dict[str, Any] = {"exported_by": f"{_EXPORTER} {__version__}"}
     if exported.description:  # not the published weights, whose tag and figures the configuration still carries
@@ -284,6 +402,98 @@ def _write_timm(exported: Exported, folder: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)  # stated above; transformers gives it a second time
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "README.md").write_text(_card(exported))
+
+
+def _write_program(exported: Exported, folder: Path, config: ExportConfig) -> None:
+    """model.onnx or model.pt2, which a fresh process has run; config.json and a card."""
+    channels, *size = exported.data_config["input_size"]
+    dynamic = config.dynamic
+    if dynamic == "auto":
+        dynamic = "batch" if exported.fixed_size else "all"
+    elif dynamic == "all" and exported.fixed_size:
+        raise UserError(f"dynamic=all: {exported.name} takes images of one size only; give dynamic=batch")
+    form = Form(
+        channels=channels,
+        size=_image_size(config.img_size) if config.img_size else (size[0], size[1]),
+        dynamic=dynamic,
+        dtype=_DTYPES[config.dtype],
+        opset=config.opset,
+        decompose=config.decompose,
+        outputs=exported.outputs,
+    )
+    print(f"writing {exported.name} as {config.format}, {DYNAMIC[dynamic]} dynamic ...", flush=True)
+    file, facts = write_program(config.format, exported.model, form, folder)
+    print("comparing it with the model, in a fresh process ...", flush=True)
+    parity = check_parity(config.format, file, exported.model, form)
+    print(f"largest difference: {parity}", flush=True)
+    batch = "any batch" if dynamic != "none" else "1"
+    spatial = "any height and width" if dynamic == "all" else f"{form.size[0]} x {form.size[1]}"
+    exported.program.update(
+        {
+            "images": f"{batch} x {channels} x {spatial}, {config.dtype}",
+            "outputs": ", ".join(exported.outputs),
+            **({"strides": ", ".join(map(str, exported.strides))} if exported.strides else {}),
+            **facts,
+            "largest difference from the model": str(parity),
+        }
+    )
+    described: dict[str, Any] = {
+        "architecture": exported.name,
+        "format": config.format,
+        "dynamic": dynamic,
+        "input": {
+            **{k: v for k, v in exported.data_config.items() if k in _PREPARED},
+            "size": [channels, *form.size],
+            "dtype": config.dtype,
+        },
+        "outputs": list(exported.outputs),
+        **({"strides": list(exported.strides)} if exported.strides else {}),
+        **({"label_names": [str(name) for name in exported.labels]} if exported.labels else {}),
+        "facts": facts,
+        "parity": {"program": parity.program, "model": parity.model, "shapes": parity.shapes},
+        "exported_by": f"{_EXPORTER} {__version__}",
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
+    (folder / "README.md").write_text(_card(exported, _usage(config, exported)))
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) in (1, 2) and all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        height, width = int(parts[0]), int(parts[-1])
+        return height, width
+    raise UserError(f"img_size={text} is no size; give 224, or 192x256 for height x width")
+
+
+def _usage(config: ExportConfig, exported: Exported) -> list[str]:
+    """Python that runs the program."""
+    count = len(exported.outputs)
+    names = ", ".join(exported.outputs) + ("," if count == 1 and config.format == "onnx" else "")
+    if config.format == "onnx":
+        return [
+            "import onnxruntime",
+            'session = onnxruntime.InferenceSession("model.onnx")',
+            f'{names} = session.run(None, {{"images": images}})  # a NumPy array',
+        ]
+    load = "torch._inductor.aoti_load_package" if config.format == "aoti" else "torch.export.load"
+    before = ["import torch"] if config.decompose else ["import torch", "import zoo.ops  # the operators"]
+    more = "" if config.format == "aoti" else ".module()"
+    return [*before, f'program = {load}("model.pt2"){more}', f"{names} = program(images)"]
+
+
+def _push(folder: Path, repository: str) -> str:
+    """Upload an exported folder as it is; timm's own upload would write a configuration that transformers refuses."""
+    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        create_repo(repository, exist_ok=True)
+        return str(upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the model"))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"push={repository}: {first_line(error)}; the folder {folder} is whole, `hf auth login` and "
+            f"`hf upload {repository} {folder}` send it later"
+        ) from error
 
 
 def _measured(run: Run, state: dict[str, Any], weights: str) -> str:
@@ -304,26 +514,29 @@ def _later_rows(run: Run) -> Any:
     return None
 
 
-def _card(exported: Exported) -> str:
+def _card(exported: Exported, usage: list[str] | None = None) -> str:
     """A model card in the hub's form: what it is, what it was trained on, what it scores, how to load it."""
     cfg = timm.models.get_pretrained_cfg(exported.name)
     parameters = sum(p.numel() for p in exported.model.parameters())
-    classes = getattr(exported.model, "num_classes", 0)
+    gives = "maps" if "logits" not in exported.outputs else f"{getattr(exported.model, 'num_classes', 0)} classes"
     facts = {
-        "model": f"`{exported.name}`, {parameters / 1e6:.2f} M parameters, {classes} classes",
+        "model": f"`{exported.name}`, {parameters / 1e6:.2f} M parameters, {gives}",
         **exported.facts,
+        **exported.program,
         "paper": (cfg.paper_name if cfg else None) or "-",
         "original code": (cfg.origin_url if cfg else None) or "-",
     }
     front = ["---", "library_name: timm", "tags:", "- image-classification", "- timm", "- attention-zoo", "---"]
     rows = [f"| {key} | {value} |" for key, value in facts.items()]
-    code = [
-        "```python",
+    timm_usage = [
         "import timm, zoo",
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
-        "```",
     ]
+    mean, std = (", ".join(f"{x:g}" for x in exported.data_config[key]) for key in ("mean", "std"))
+    scaled = "" if max(exported.data_config["std"]) <= 1 else " of 0 to 255"
+    given = f"# images: [B, C, H, W], RGB{scaled}, minus the mean ({mean}), divided by ({std})"
+    code = ["```python", *([given, *usage] if usage else timm_usage), "```"]
     settings = ["## Training configuration", "```json", json.dumps(exported.config, indent=1), "```", ""]
     body = [f"# {exported.name}", "", "| | |", "|---|---|", *rows, "", "## Use", *code, ""]
     return "\n".join(
@@ -332,4 +545,7 @@ def _card(exported: Exported) -> str:
 
 
 # format=NAME -> what writes it into an empty folder
-FORMATS: dict[str, Callable[[Exported, Path], None]] = {"timm": _write_timm}
+FORMATS: dict[str, Callable[[Exported, Path, ExportConfig], None]] = {
+    "timm": _write_timm,
+    **dict.fromkeys(PROGRAMS, _write_program),
+}

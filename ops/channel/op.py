@@ -3,14 +3,13 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.types import Number
 
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, require, resolve_scale, unpack
 from zoo.ops._overrides import overridable
-from zoo.ops._register import empty, register_qkv
+from zoo.ops._register import call, empty, register_qkv
 
 from . import cpu, reference
 
@@ -49,7 +48,7 @@ def channel_attention(
     if path == "reference":
         return run_reference(reference.channel_attention, q, k, v, factor)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return torch.ops.zoo.channel_attention(q, k, v, factor, path)[0]
+    return call("channel_attention", q, k, v, factor, path)[0]
 
 
 @overridable
@@ -64,7 +63,7 @@ def channel_attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, back
     if path == "reference":
         return run_reference(reference.channel_attention, q, k, v, factor)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return torch.ops.zoo.channel_attention_qkvpacked(qkv, factor, path)[0]
+    return call("channel_attention_qkvpacked", qkv, factor, path)[0]
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> None:

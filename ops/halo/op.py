@@ -11,7 +11,7 @@ from torch.types import Number
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, check_table, compute_dtype, require, resolve_scale
 from zoo.ops._overrides import overridable
-from zoo.ops._register import empty, pair_flops, register_pair
+from zoo.ops._register import call, empty, pair_flops, register_pair
 
 from .cpu import halo_attention_backward_cpu, halo_attention_cpu
 from .reference import halo_attention_reference
@@ -81,7 +81,7 @@ def halo_attention(
     backend = resolve_backend(_NAME, backend, q, without_triton(q))
     if backend == "reference":
         return run_reference(halo_attention_reference, *tensors, *settings)
-    out: Tensor = _op(*tensors, *settings, backend)[0]
+    out: Tensor = call(_NAME, *tensors, *settings, backend)[0]
     return out
 
 
@@ -161,7 +161,7 @@ def _flops(q: Any, v: Any, rel_height: Any, rel_width: Any, block_size: int, hal
     return pair_flops(q, window * window, v[-1]) + tables
 
 
-_op, _ = register_pair(
+register_pair(
     _NAME, _forward, _backward, _fake,
     backward_fake=_backward_fake,
     flops=_flops,

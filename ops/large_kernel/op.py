@@ -9,7 +9,7 @@ from torch import Tensor
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, require
 from zoo.ops._overrides import overridable
-from zoo.ops._register import register_pair
+from zoo.ops._register import call, register_pair
 
 from .cpu import large_kernel_attention_backward_cpu, large_kernel_attention_cpu, output_format
 from .reference import large_kernel_attention_reference
@@ -63,7 +63,7 @@ def large_kernel_attention(
     backend = resolve_backend(_NAME, backend, x, without_triton(x))
     if backend == "reference":
         return run_reference(large_kernel_attention_reference, *arguments)
-    out: Tensor = _op(*arguments, backend)[0]
+    out: Tensor = call(_NAME, *arguments, backend)[0]
     return out
 
 
@@ -151,7 +151,7 @@ def _flops(x: Any, conv0_weight: Any, conv_spatial_weight: Any) -> int:
     return 2 * math.prod(x) * (taps + x[1])
 
 
-_op, _ = register_pair(
+register_pair(
     _NAME, _forward, _backward, _fake,
     outputs=("out", "spatial"),
     backward_fake=_backward_fake,

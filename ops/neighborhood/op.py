@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.types import Number
 
@@ -20,7 +19,7 @@ from zoo.ops._checks import (
     unpack,
 )
 from zoo.ops._overrides import overridable
-from zoo.ops._register import pair_flops, register_qkv
+from zoo.ops._register import call, pair_flops, register_qkv
 
 from .cpu import neighborhood_attention_backward_cpu, neighborhood_attention_cpu
 from .reference import neighborhood_attention_reference
@@ -83,7 +82,7 @@ def neighborhood_attention(
     backend = resolve_backend(_NAME, backend, q, without_triton(q))
     if backend == "reference":
         return run_reference(neighborhood_attention_reference, q, k, v, bias, *sizes, scale)[0]
-    return torch.ops.zoo.neighborhood_attention(q, k, v, bias, *sizes, scale, backend)[0]
+    return call("neighborhood_attention", q, k, v, bias, *sizes, scale, backend)[0]
 
 
 @overridable
@@ -118,7 +117,7 @@ def neighborhood_attention_qkvpacked(
     backend = resolve_backend(_PACKED, backend, qkv, without_triton(qkv))
     if backend == "reference":
         return run_reference(neighborhood_attention_reference, q, k, v, bias, *sizes, scale)[0]
-    return torch.ops.zoo.neighborhood_attention_qkvpacked(qkv, bias, *sizes, scale, backend)[0]
+    return call("neighborhood_attention_qkvpacked", qkv, bias, *sizes, scale, backend)[0]
 
 
 _Sizes = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]

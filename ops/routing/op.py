@@ -9,7 +9,7 @@ from torch.types import Number
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, pair, require, resolve_scale
 from zoo.ops._overrides import overridable
-from zoo.ops._register import pair_flops, register_op, register_pair
+from zoo.ops._register import call, pair_flops, register_op, register_pair
 
 from . import cpu, reference
 from .layout import Pair, grid_size
@@ -83,7 +83,7 @@ def routing_attention(
             cpu.check_range(index)
         out, _ = run_reference(reference.routing_attention, q, k, v, index, region, factor)
     else:
-        out, _ = torch.ops.zoo.routing_attention(q, k, v, index, *region, factor, backend)
+        out, _ = call("routing_attention", q, k, v, index, *region, factor, backend)
     return (out, index) if return_index else out
 
 
@@ -118,7 +118,7 @@ def _index(q: Tensor, k: Tensor, region: Pair, topk: int, backend: str) -> Tenso
     q, k = q.detach(), k.detach()
     if backend == "reference":
         return reference.routing_index(q, k, region, topk)
-    index: Tensor = torch.ops.zoo.routing_index(q, k, *region, topk, backend)
+    index: Tensor = call("routing_index", q, k, *region, topk, backend)
     return index
 
 

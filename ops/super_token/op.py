@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.types import Number
@@ -11,7 +10,7 @@ from torch.types import Number
 from zoo.ops._backend import resolve_backend, run_reference, runs_triton, without_triton
 from zoo.ops._checks import check_agreement, check_layout, compute_dtype, pair, require, resolve_scale
 from zoo.ops._overrides import overridable
-from zoo.ops._register import register_pair
+from zoo.ops._register import call, register_pair
 
 from . import cpu, reference
 
@@ -62,7 +61,7 @@ def super_token_sampling(
     if path == "reference":
         tokens, affinity = run_reference(_reference_sampling, x, th, tw, n_iter, scale)
         return tokens, affinity
-    tokens, affinity, _ = torch.ops.zoo.super_token_sampling(x, th, tw, n_iter, scale, path)
+    tokens, affinity, _ = call("super_token_sampling", x, th, tw, n_iter, scale, path)
     return tokens, affinity.detach()
 
 
@@ -92,7 +91,7 @@ def super_token_mapping(
     path = resolve_backend(_MAPPING, backend, tokens, without_triton(tokens))
     if path == "reference":
         return run_reference(_reference_mapping, tokens, affinity, th, tw)
-    out: Tensor = torch.ops.zoo.super_token_mapping(tokens, affinity, th, tw, path)
+    out: Tensor = call("super_token_mapping", tokens, affinity, th, tw, path)
     return out
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.types import Number
 
@@ -19,7 +18,7 @@ from zoo.ops._checks import (
     unpack,
 )
 from zoo.ops._overrides import overridable
-from zoo.ops._register import empty, pair_flops, register_qkv
+from zoo.ops._register import call, empty, pair_flops, register_qkv
 
 from . import cpu, reference
 
@@ -74,7 +73,7 @@ def window_attention(
     if path == "reference":
         return run_reference(reference.window_attention, q, k, v, bias, sizes[:2], sizes[2:], grid, factor)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return torch.ops.zoo.window_attention(q, k, v, bias, *sizes, grid, factor, path)[0]
+    return call("window_attention", q, k, v, bias, *sizes, grid, factor, path)[0]
 
 
 @overridable
@@ -100,7 +99,7 @@ def window_attention_qkvpacked(
     if path == "reference":
         return run_reference(reference.window_attention, q, k, v, bias, sizes[:2], sizes[2:], grid, factor)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return torch.ops.zoo.window_attention_qkvpacked(qkv, bias, *sizes, grid, factor, path)[0]
+    return call("window_attention_qkvpacked", qkv, bias, *sizes, grid, factor, path)[0]
 
 
 def _sizes(op: str, window_size: int | Sequence[int], shift: int | Sequence[int]) -> tuple[int, int, int, int]:

@@ -20,7 +20,7 @@ from .closed import check_closed, check_overrides
 from .coco_data import MIN_SIDE, CocoFiles
 from .config import BackboneConfig, DetectConfig
 
-__all__ = ["MASKED", "PlainConfig", "compose_mmdet"]
+__all__ = ["MASKED", "PlainConfig", "compose_mmdet", "detector_config"]
 
 _FILES = {
     "retinanet": "retinanet/retinanet_r50_fpn_1x_coco.py",
@@ -52,7 +52,7 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
     Raises:
         UserError: the model is unknown or has no levels that a detector can use.
     """
-    model = _model(cfg, len(data.classes))
+    model = detector_config(cfg, len(data.classes))
     masks = cfg.detector.name in MASKED
     train, test = _pipelines(cfg, masks, data.ranges)
     meta = {"classes": data.classes}
@@ -206,7 +206,12 @@ def _backbone(cfg: DetectConfig) -> tuple[dict[str, Any], list[int], list[int]]:
     return backbone, [levels[i][0] for i in chosen], strides
 
 
-def _model(cfg: DetectConfig, num_classes: int) -> dict[str, Any]:
+def detector_config(cfg: DetectConfig, num_classes: int) -> dict[str, Any]:
+    """The detector: mmdet's own, on our backbone and fitted to its levels.
+
+    Raises:
+        UserError: the model is unknown or has no levels that a detector can use.
+    """
     detector = cfg.detector
     folder = Path(mmdet.__file__).parent / ".mim/configs"
     model: dict[str, Any] = Config.fromfile(folder / _FILES[detector.name]).model.to_dict()

@@ -1,0 +1,515 @@
+"""Every registered op as operators of ATen, for programs that are to run without zoo: ONNX, or a plain torch.export.
+
+Written so that one program serves every size and batch: maps are cut into tiles by index along each axis, the indices
+are computed from the sizes, and nothing asks a size for its value. The tiles of `_Axis` are what all local ops share:
+queries of a tile see a span of keys, some of which a mask hides. Forward only; half precision is computed in float32.
+
+The definitions are in `<op>/reference.py`; tests compare each decomposition with them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ._checks import compute_dtype
+
+__all__ = ["DECOMPOSITIONS", "decompose", "table"]
+
+_TILE = 8  # queries per axis of a tile of neighborhood attention; its span is 7 to 14 keys with the usual windows
+
+Sizes = Sequence[int]
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """The table that `torch.export.ExportedProgram.run_decompositions` takes: a registered op to its ATen form."""
+    return {getattr(torch.ops.zoo, name).default: function for name, function in DECOMPOSITIONS.items()}
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """An exported program without zoo's operators: it loads and runs where zoo is not installed.
+
+    A whole `torch.onnx.export(model, ..., dynamo=True)` needs no such call; a program that was exported before does:
+    `torch.onnx.export(zoo.ops.decompose(program), ...)`.
+
+    Args:
+        program: of `torch.export.export`, forward only.
+
+    Raises:
+        ValueError: it differentiates, with a registered backward, which has no ATen form.
+    """
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    without = sorted(t for t in targets if t.startswith("zoo.") and t.split(".")[1] not in DECOMPOSITIONS)
+    if without:
+        raise ValueError(f"decompose: {without[0]} has no ATen form; export the forward pass alone")
+    return program.run_decompositions(table())
+
+
+@dataclass
+class _Axis:
+    """Tiles along one axis; all indices lie inside the axis.
+
+    query: [tiles, queries per tile].
+    key: [tiles, keys per tile].
+    inside: [tiles, keys per tile], False for a key that stands for none.
+    seen: [tiles, queries per tile, keys per tile], or with 1 for the queries where they see the same.
+    relative: key - query as the bias counts it, of the shape of `seen`; or [queries per tile, keys per tile].
+    place: [length], the number of every token among all queries.
+    """
+
+    query: Tensor
+    key: Tensor
+    inside: Tensor
+    seen: Tensor
+    relative: Tensor
+    place: Tensor
+
+
+@dataclass
+class _Tiles:
+    """Tiles of a map, or of a sequence: the product of those along the axes, on its flattened tokens.
+
+    query: [tiles * queries per tile], key: [tiles * keys per tile].
+    inside, seen: as along an axis.
+    relative: per axis.
+    place: [tokens].
+    """
+
+    query: Tensor
+    key: Tensor
+    inside: Tensor
+    seen: Tensor
+    relative: list[Tensor]
+    place: Tensor
+
+
+def _arange(size: Any, like: Tensor) -> Tensor:
+    return torch.arange(size, device=like.device)
+
+
+def _length(size: Any, like: Tensor) -> Tensor:
+    """A size as a tensor: ONNX has no arithmetic between tensors and sizes that are symbols."""
+    return _arange(size, like)[-1:] + 1 if isinstance(size, torch.SymInt) else torch.tensor([size], device=like.device)
+
+
+def _ceil(size: Any, divisor: int) -> Any:
+    return (size + divisor - 1) // divisor
+
+
+def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens an axis has, and the nearest one that it has."""
+    return (token >= 0) & (token < length), token.clamp(min=0).minimum(length - 1)
+
+
+def _blocks(length: Any, size: int, first: int, like: Tensor) -> _Axis:
+    """Windows of `size` tokens, one of which starts at `first`, 0 <= first < size."""
+    begin = first - size if first else 0
+    tiles = _ceil(length - begin, size)
+    token = (_arange(tiles, like) * size + begin)[:, None] + _arange(size, like)
+    return _same(token, size, length, _arange(length, like) - begin)
+
+
+def _grid(length: Any, size: int, like: Tensor) -> _Axis:
+    """Windows of `size` tokens spread over the axis, ceil(length / size) apart."""
+    tiles = _ceil(length, size)
+    apart = _length(tiles, like)
+    token = _arange(tiles, like)[:, None] + _arange(size, like) * apart
+    position = _arange(length, like)
+    return _same(token, size, length, position % apart * size + position // apart)
+
+
+def _same(token: Tensor, size: int, length: Any, place: Tensor) -> _Axis:
+    """Tiles whose queries are their keys."""
+    inside, token = _within(token, _length(length, token))
+    number = _arange(size, token)
+    return _Axis(token, token, inside, inside[:, None], number - number[:, None], place)
+
+
+def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal: bool, like: Tensor) -> _Axis:
+    """The windows of neighborhood attention; tokens of a dilation phase are in tiles of their own.
+
+    See `axis_windows` in neighborhood/reference.py, whose formulas these are.
+    """
+    longest = _ceil(length, dilation)
+    size = min(_TILE, longest) if isinstance(longest, int) else _TILE
+    span = size + kernel - 1 + stride - 1
+    span = min(span, longest) if isinstance(longest, int) else span
+    per_phase = _ceil(longest, size)
+    tiles = _length(per_phase, like)  # of a phase
+    tile = _arange(per_phase * dilation, like)
+    phase = (tile // tiles)[:, None]
+    tokens = (_length(length, like) - phase - 1) // dilation + 1  # of the phase
+    query = ((tile % tiles * size)[:, None] + _arange(size, like)).minimum(tokens - 1)
+    leader = query // stride * stride + (stride - 1 if causal else stride // 2)
+    start = leader.minimum(tokens - 1) - (kernel - 1 if causal else kernel // 2)
+    start = start.clamp(min=0).minimum(tokens - kernel)
+    inside, key = _within(start[:, :1] + _arange(span, like), tokens)
+    relative = key[:, None] - query[:, :, None]
+    seen = inside[:, None] & (key[:, None] >= start[:, :, None]) & (key[:, None] < start[:, :, None] + kernel)
+    if causal:
+        seen = seen & (relative <= 0)
+    position = _arange(length, like)
+    number = position // dilation
+    place = (position % dilation * tiles + number // size) * size + number % size
+    return _Axis(query * dilation + phase, key * dilation + phase, inside, seen, relative, place)
+
+
+def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: Tensor) -> _Axis:
+    """Blocks of queries, of a map that is `stride` times smaller, and the keys of the block and its halo."""
+    tile, step, window = _arange(_ceil(length, block), like)[:, None], block // stride, block + 2 * halo
+    _, query = _within(tile * step + _arange(step, like), _length(queries, like))
+    inside, key = _within(tile * block - halo + _arange(window, like), _length(length, like))
+    relative = _arange(window, like) - _arange(step, like)[:, None]
+    return _Axis(query, key, inside, inside[:, None], relative, _arange(queries, like))
+
+
+def _product(rows: Tensor, columns: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[A, T, ..] and [A', T', ..] to [A * A', T * T', ..], of any number of axes."""
+    axes, shape = rows.dim(), [rows.shape[i] * columns.shape[i] for i in range(rows.dim())]
+    for i in range(axes):
+        rows, columns = rows.unsqueeze(2 * i + 1), columns.unsqueeze(2 * i)
+    return combine(rows, columns).reshape(shape)
+
+
+def _tiles(make: Callable[..., _Axis], axes: Sequence[Sequence[Any]], widths: Sequence[Any], like: Tensor) -> _Tiles:
+    """The tiles of a map, or of a sequence.
+
+    Args:
+        make: tiles along an axis.
+        axes: what `make` takes of each axis.
+        widths: of the maps of queries and of keys.
+        like: a tensor of the device.
+    """
+    made = [make(*sizes, like) for sizes in axes]
+    relative = [a.relative for a in made]
+    if len(made) == 1:
+        (a,) = made
+        return _Tiles(a.query.flatten(), a.key.flatten(), a.inside, a.seen, relative, a.place)
+    rows, columns = made
+    query_width, key_width = (_length(w, like) for w in widths)
+    query = _product(rows.query, columns.query, lambda r, c: r * query_width + c)
+    key = _product(rows.key, columns.key, lambda r, c: r * key_width + c)
+    n, m, across = rows.query.shape[1], columns.query.shape[1], _length(columns.query.shape[0], like)
+    row, column = rows.place[:, None], columns.place
+    place = (row // n * across + column // m) * (n * m) + row % n * m + column % m
+    return _Tiles(
+        query.flatten(),
+        key.flatten(),
+        _product(rows.inside, columns.inside, torch.logical_and),
+        _product(rows.seen, columns.seen, torch.logical_and),
+        relative,
+        place.flatten(),
+    )
+
+
+# What was computed in the trace that is going on: the layers of a model share their tables.
+_TABLES: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def _shared(make: Callable[..., Any], *sizes: Any, like: Tensor) -> Any:
+    """make(*sizes, like), once in a trace."""
+    tracer = get_proxy_mode()
+    known = {} if tracer is None else _TABLES.setdefault(tracer, {})
+    key = (make, str(sizes), like.device)
+    if key not in known:
+        known[key] = make(*sizes, like)
+    return known[key]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, tiles: _Tiles, terms: Tensor | None, scale: float,
+    hide: bool = True, extra: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Softmax attention in tiles: the output and the log-sum-exp, of q's shape up to the last axis.
+
+    Args:
+        q, k, v: [B, spatial axes, heads, dim].
+        tiles: the tiles of that map.
+        terms: added to the logits, [heads, queries, keys] or [tiles, heads, queries, keys].
+        scale: of the products.
+        hide: keys that are not seen stay out; otherwise those outside the map are keys and values of zeros.
+        extra: from q in tiles, [B, tiles, heads, queries, dim], to what is added to the logits.
+    """
+    given, dtype, shape = q.dtype, compute_dtype(q), q.shape
+    queries = math.prod(r.shape[-2] for r in tiles.relative)
+    number, heads, keys = tiles.inside.shape[0], shape[-2], tiles.inside.shape[1]
+
+    def cut(x: Tensor, index: Tensor, count: int) -> Tensor:
+        x = x.to(dtype).flatten(1, -3).index_select(1, index)
+        return x.reshape(shape[0], number, count, heads, x.shape[-1]).transpose(2, 3)
+
+    q, k, v = cut(q, tiles.query, queries), cut(k, tiles.key, keys), cut(v, tiles.key, keys)
+    if not hide:
+        inside = tiles.inside[:, None, :, None]
+        k, v = (torch.where(inside, x, torch.zeros((), dtype=dtype, device=x.device)) for x in (k, v))
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if terms is not None:
+        logits = logits + terms
+    if extra is not None:
+        logits = logits + extra(q)
+    if hide:
+        logits = logits.masked_fill(~tiles.seen[:, None], float("-inf"))
+
+    def back(x: Tensor) -> Tensor:
+        x = x.transpose(2, 3).reshape(shape[0], number * queries, heads, x.shape[-1])
+        return x.index_select(1, tiles.place).reshape(*shape[:-1], x.shape[-1])
+
+    return back(logits.softmax(-1) @ v).to(given), back(logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+
+
+def _bias(bias: Tensor, number: Tensor, q: Tensor) -> Tensor:
+    """The elements of bias [heads, ...] with these numbers [..., queries, keys]: [..., heads, queries, keys]."""
+    table = bias.to(compute_dtype(q)).flatten(1)
+    picked = table.index_select(1, number.flatten()).reshape(table.shape[0], *number.shape)
+    return picked if number.dim() == 2 else picked.transpose(0, 1)
+
+
+def _window_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    H, W = q.shape[1:3]
+    if grid:
+        tiles = _shared(_tiles, _grid, [(H, window_h), (W, window_w)], (W, W), like=q)
+    else:
+        tiles = _shared(_tiles, _blocks, [(H, window_h, shift_h), (W, window_w, shift_w)], (W, W), like=q)
+    terms = None
+    if bias is not None:
+        rows, columns = (r + n - 1 for r, n in zip(tiles.relative, (window_h, window_w), strict=True))
+        terms = _bias(bias, _product(rows, columns, lambda r, c: r * (2 * window_w - 1) + c), q)
+    return _attend(q, k, v, tiles, terms, scale)
+
+
+def _neighborhood_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    kernel_size: Sizes, dilation: Sizes, stride: Sizes, is_causal: Sizes, scale: float, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    spatial = q.shape[1:-2]
+    sizes = list(zip(spatial, kernel_size, dilation, stride, (bool(c) for c in is_causal), strict=True))
+    tiles = _shared(_tiles, _neighborhoods, sizes, (spatial[-1], spatial[-1]), like=q)
+    terms = None
+    if bias is not None:
+        # pairs that are not seen may lie outside of the table; any element does for them
+        number, *others = ((r + n - 1).clamp(0, 2 * n - 2) for r, n in zip(tiles.relative, kernel_size, strict=True))
+        for columns in others:
+            number = _product(number, columns, lambda r, c: r * (2 * kernel_size[-1] - 1) + c)
+        terms = _bias(bias, number, q)
+    return _attend(q, k, v, tiles, terms, scale)
+
+
+def _halo_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
+    block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sizes = [(q.shape[i], k.shape[i], block_size, halo_size, stride) for i in (1, 2)]
+    tiles = _shared(_tiles, _halos, sizes, (q.shape[2], k.shape[2]), like=q)
+    step, window = block_size // stride, block_size + 2 * halo_size
+
+    def relative(x: Tensor) -> Tensor:
+        """q [B, tiles, heads, queries, dim] with the rows of its keys' height and width: [..., queries, keys]."""
+        batch, number, heads, _queries, dim = x.shape
+        x = x.reshape(batch, number, heads, step, step, dim)
+        total: Any = 0
+        for i, table, equation in ((0, rel_height, "bthxyd,xid->bthxyi"), (1, rel_width, "bthxyd,yid->bthxyi")):
+            if table is not None:
+                rows = table.to(x.dtype).index_select(0, (tiles.relative[i] + window - 1).flatten())
+                part = torch.einsum(equation, x, rows.reshape(step, window, dim))
+                total = total + part.unsqueeze(-1 - i)
+        total = total.expand(batch, number, heads, step, step, window, window)
+        return total.reshape(batch, number, heads, step * step, window * window)
+
+    extra = None if rel_height is None and rel_width is None else relative
+    return _attend(q, k, v, tiles, None, scale, mask_border, extra)
+
+
+def _regions(x: Tensor, region: Sizes) -> tuple[Tensor, _Tiles]:
+    """[B, H, W, ...] to [B, R, tokens of a region, channels], zeros outside the map."""
+    H, W = x.shape[1:3]
+    tiles = _shared(_tiles, _blocks, [(H, region[0], 0), (W, region[1], 0)], (W, W), like=x)
+    x = x.flatten(1, 2).flatten(2).index_select(1, tiles.key)
+    x = x.reshape(x.shape[0], *tiles.inside.shape, x.shape[-1])
+    return torch.where(tiles.inside[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device)), tiles
+
+
+def _from_regions(x: Tensor, tiles: _Tiles, like: Tensor) -> Tensor:
+    """The inverse of `_regions` for the map of `like`: [B, R, tokens, channels] to [B, H, W, channels]."""
+    x = x.reshape(x.shape[0], tiles.key.shape[0], x.shape[-1]).index_select(1, tiles.place)
+    return x.reshape(*like.shape[:3], x.shape[-1])
+
+
+def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, topk: int, *_: Any) -> Tensor:
+    region = (region_height, region_width)
+
+    def mean(x: Tensor) -> Tensor:
+        tokens, tiles = _regions(x.to(compute_dtype(x)), region)
+        return tokens.sum(2) / tiles.inside.to(tokens.dtype).sum(1, keepdim=True)
+
+    affinity = mean(q) @ mean(k).transpose(1, 2)
+    # On a CPU every sort is stable, and ONNX has one without that word, whose ties are in order too.
+    if affinity.device.type == "cpu":
+        order = affinity.sort(dim=-1, descending=True).indices
+    else:
+        order = affinity.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :topk].clone()
+
+
+def _routing_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, region_height: int, region_width: int, scale: float, *_: Any
+) -> tuple[Tensor, Tensor]:
+    region, dtype, heads = (region_height, region_width), compute_dtype(q), q.shape[3]
+    key_region = region
+    if not _same_map(q, k):
+        rows, columns = (_ceil(q.shape[i + 1], region[i]) for i in range(2))
+        key_region = (k.shape[1] // rows, k.shape[2] // columns)
+    topk = index.shape[2]
+    queries, tiles = _regions(q.to(dtype), region)
+    batch, count = queries.shape[:2]
+    queries = queries.unflatten(-1, (heads, q.shape[4])).transpose(2, 3)
+    first = _arange(batch, q) * _length(count, q)  # of every image
+    picked = (index.long() + first[:, None, None]).flatten()
+
+    def gather(x: Tensor) -> Tensor:  # [B, R, heads, topk * tokens, dim]
+        tokens, _tiles = _regions(x.to(dtype), key_region)
+        picks = tokens.flatten(0, 1).index_select(0, picked)
+        return picks.reshape(batch, count, topk * tokens.shape[2], heads, x.shape[4]).transpose(2, 3)
+
+    logits = (queries * scale) @ gather(k).transpose(-2, -1)
+    out = (logits.softmax(-1) @ gather(v)).transpose(2, 3).flatten(3)
+    lse = logits.logsumexp(-1).transpose(2, 3)
+    out, lse = (_from_regions(x, tiles, q) for x in (out, lse))
+    return out.unflatten(-1, (heads, v.shape[4])).to(q.dtype), lse
+
+
+def _same_map(q: Tensor, k: Tensor) -> bool:
+    return all(statically_known_true(q.shape[i] == k.shape[i]) for i in (1, 2))
+
+
+@dataclass
+class _Around:
+    """The 3 x 3 tokens around every cell of a grid.
+
+    token: [cells * 9], the number of the token, or of the nearest one that is in the grid.
+    inside: [cells, 9, 1], whether it is.
+    given: [cells * 9], where in [cells, 9] the cell around gives this token its share.
+    """
+
+    token: Tensor
+    inside: Tensor
+    given: Tensor
+
+
+def _around(rows: Any, columns: Any, like: Tensor) -> _Around:
+    steps = _arange(3, like) - 1
+    down, right = (_within(_arange(n, like)[:, None] + steps, _length(n, like)) for n in (rows, columns))
+    number = _product(down[1], right[1], lambda r, c: r * _length(columns, like) + c)  # [cells, 9]
+    seen = _product(down[0], right[0], torch.logical_and)
+    return _Around(number.flatten(), seen[..., None], (number * 9 + 8 - _arange(9, like)).flatten())
+
+
+def _spread(tokens: Tensor, around: _Around) -> Tensor:
+    """[B, hh, ww, C] to the nine tokens around each cell, zeros outside: [B, hh * ww, 9, C]."""
+    x = tokens.flatten(1, 2).index_select(1, around.token)
+    x = x.reshape(x.shape[0], around.inside.shape[0], 9, x.shape[-1])
+    return torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _collect(parts: Tensor, around: _Around, like: Tensor) -> Tensor:
+    """The inverse: what every token gets from the cells around it, [B, hh * ww, 9, C] to [B, hh, ww, C] like `like`."""
+    x = parts.flatten(1, 2).index_select(1, around.given).reshape(parts.shape)
+    x = torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x.sum(2).reshape(*like.shape[:3], x.shape[-1])
+
+
+def _super_token_sampling(
+    x: Tensor, token_height: int, token_width: int, n_iter: int, scale: float, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .super_token.reference import EPS  # which is imported after this file
+
+    size, dtype = (token_height, token_width), compute_dtype(x)
+    pixels, tiles = _regions(x.to(dtype), size)  # [B, cells, pixels of a cell, C]
+    rows, columns = (_ceil(x.shape[i + 1], size[i]) for i in range(2))
+    tokens = pixels.mean(2).reshape(x.shape[0], rows, columns, x.shape[-1])
+    around = _shared(_around, rows, columns, like=x)
+    affinity = mass = tokens
+    for _iteration in range(n_iter):
+        affinity = (pixels @ _spread(tokens, around).transpose(-2, -1) * scale).softmax(-1)
+        mass = _collect(affinity.sum(2).unsqueeze(-1), around, tokens) + EPS
+        tokens = _collect(affinity.transpose(-2, -1) @ pixels, around, tokens) / mass
+    return tokens.to(x.dtype), _from_regions(affinity, tiles, x).to(x.dtype), mass
+
+
+def _super_token_mapping(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, *_: Any) -> Tensor:
+    weights, tiles = _regions(affinity.to(compute_dtype(tokens)), (token_height, token_width))
+    around = _shared(_around, tokens.shape[1], tokens.shape[2], like=tokens)
+    out = weights @ _spread(tokens.to(weights.dtype), around)
+    return _from_regions(out, tiles, affinity).to(tokens.dtype)
+
+
+def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: Any) -> tuple[Tensor, Tensor]:
+    given, dtype = q.dtype, compute_dtype(q)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dim]
+    maps = ((k * scale).transpose(-2, -1) @ v).softmax(-1)
+    return (q @ maps.transpose(-2, -1)).transpose(1, 2).to(given), maps
+
+
+def _large_kernel_attention(
+    x: Tensor, conv0_weight: Tensor, conv0_bias: Tensor | None, conv_spatial_weight: Tensor,
+    conv_spatial_bias: Tensor | None, conv1_weight: Tensor, conv1_bias: Tensor | None, dilation: int, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = compute_dtype(x)
+    y = x.to(dtype)
+    for weight, bias, steps in ((conv0_weight, conv0_bias, 1), (conv_spatial_weight, conv_spatial_bias, dilation)):
+        padding = [steps * (n // 2) for n in weight.shape[-2:]]
+        bias = None if bias is None else bias.to(dtype)
+        y = F.conv2d(y, weight.to(dtype), bias, padding=padding, dilation=steps, groups=weight.shape[0])
+    gate = F.conv2d(y, conv1_weight.to(dtype), None if conv1_bias is None else conv1_bias.to(dtype))
+    return (x.to(dtype) * gate).to(x.dtype), y
+
+
+def _pad_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
+    """Zeros around a map; concatenated, as a padding by symbols asks whether it is one."""
+    for axis, before, size in ((1, top, height), (2, left, width)):
+        shape: list[Any] = list(x.shape)
+        sides = []
+        for missing in (before, size - x.shape[axis] - before):
+            shape[axis] = missing
+            sides.append(x.new_zeros(shape))
+        x = torch.cat([sides[0], x, sides[1]], axis)
+    return x
+
+
+def _crop_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
+    return x.index_select(1, _arange(height, x) + top).index_select(2, _arange(width, x) + left)
+
+
+def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def unpacked(qkv: Tensor, *rest: Any) -> Any:
+        return function(*qkv.unbind(-3), *rest)
+
+    return unpacked
+
+
+# The name of a registered op -> its ATen form, which takes the op's arguments, the backend if any.
+DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "channel_attention": _channel_attention,
+    "channel_attention_qkvpacked": _packed(_channel_attention),
+    "crop_map": _crop_map,
+    "halo_attention": _halo_attention,
+    "large_kernel_attention": _large_kernel_attention,
+    "neighborhood_attention": _neighborhood_attention,
+    "neighborhood_attention_qkvpacked": _packed(_neighborhood_attention),
+    "pad_map": _pad_map,
+    "routing_attention": _routing_attention,
+    "routing_index": _routing_index,
+    "super_token_mapping": _super_token_mapping,
+    "super_token_sampling": _super_token_sampling,
+    "window_attention": _window_attention,
+    "window_attention_qkvpacked": _packed(_window_attention),
+}
