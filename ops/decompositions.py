@@ -456,7 +456,7 @@ def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: Any) -
     given, dtype = q.dtype, compute_dtype(q)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dim]
     maps = ((k * scale).transpose(-2, -1) @ v).softmax(-1)
-    return (q @ maps.transpose(-2, -1)).transpose(1, 2).to(given), maps
+    return (q @ maps.transpose(-2, -1)).transpose(1, 2).to(given).contiguous(), maps
 
 
 def _large_kernel_attention(

@@ -71,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         smallest="dinat_mini",
         facts=Facts(_ALL, no_decay=(".rpb",)),
         detection=f"nat_mini {_SHALLOW}",
+        slow=True,
     ),
     "dinat": Family(
         "nat",
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Recorded("dinat/dinat_mini.192x256", "dinat_mini"),
         on_gpu=Small("dinat_mini", (224, 224)),
+        slow=True,
     ),
     "dinat_s": Family(
         "dinat_s",
@@ -100,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         on_gpu=Small("dinat_isotropic_small", (224, 224)),
         smallest="dinat_isotropic_small",
         facts=Facts(no_decay=(".rpb",)),
+        slow=True,
     ),
     "maxvit": Family(
         "maxvit",
@@ -113,6 +116,7 @@ FAMILIES: dict[str, Family] = {
         smallest="zoo_maxvit_pico_rw_256",
         facts=Facts(no_decay=("relative_position_bias_table", "rel_pos.mlp")),
         detection="zoo_maxvit_pico_rw_256",
+        slow=True,
     ),
     "davit": Family(
         "davit",
@@ -121,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         smallest="zoo_davit_tiny",
         facts=Facts(_ALL),
         detection=f"zoo_davit_tiny {_SHALLOW}",
+        slow=True,
     ),
     "halonet": Family(
         "halonet",
