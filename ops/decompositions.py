@@ -96,7 +96,18 @@ def _arange(size: Any, like: Tensor) -> Tensor:
 
 def _length(size: Any, like: Tensor) -> Tensor:
     """A size as a tensor: ONNX has no arithmetic between tensors and sizes that are symbols."""
-    return _arange(size, like)[-1:] + 1 if isinstance(size, torch.SymInt) else torch.tensor([size], device=like.device)
+    if isinstance(size, torch.SymInt):
+        return _arange(2 * size, like).amax(0, keepdim=True) // 2 + 1
+    return torch.tensor([size], device=like.device)
+
+
+def _cells(count: Any, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every element of [count, size].
+
+    A tensor of `count` elements alone would make PyTorch ask whether that is one.
+    """
+    number = _arange(count * size, like).reshape(count, size)
+    return number // size, number % size
 
 
 def _ceil(size: Any, divisor: int) -> Any:
@@ -112,17 +123,17 @@ def _blocks(length: Any, size: int, first: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens, one of which starts at `first`, 0 <= first < size."""
     begin = first - size if first else 0
     tiles = _ceil(length - begin, size)
-    token = (_arange(tiles, like) * size + begin)[:, None] + _arange(size, like)
-    return _same(token, size, length, _arange(length, like) - begin)
+    tile, number = _cells(tiles, size, like)
+    return _same(tile * size + begin + number, size, length, _arange(length, like) - begin)
 
 
 def _grid(length: Any, size: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens spread over the axis, ceil(length / size) apart."""
     tiles = _ceil(length, size)
     apart = _length(tiles, like)
-    token = _arange(tiles, like)[:, None] + _arange(size, like) * apart
+    tile, number = _cells(tiles, size, like)
     position = _arange(length, like)
-    return _same(token, size, length, position % apart * size + position // apart)
+    return _same(tile + number * apart, size, length, position % apart * size + position // apart)
 
 
 def _same(token: Tensor, size: int, length: Any, place: Tensor) -> _Axis:
@@ -143,29 +154,41 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
     span = min(span, longest) if isinstance(longest, int) else span
     per_phase = _ceil(longest, size)
     tiles = _length(per_phase, like)  # of a phase
-    tile = _arange(per_phase * dilation, like)
-    phase = (tile // tiles)[:, None]
-    tokens = (_length(length, like) - phase - 1) // dilation + 1  # of the phase
-    query = ((tile % tiles * size)[:, None] + _arange(size, like)).minimum(tokens - 1)
-    leader = query // stride * stride + (stride - 1 if causal else stride // 2)
-    start = leader.minimum(tokens - 1) - (kernel - 1 if causal else kernel // 2)
-    start = start.clamp(min=0).minimum(tokens - kernel)
-    inside, key = _within(start[:, :1] + _arange(span, like), tokens)
+    whole = _length(length, like)
+
+    def window(query: Tensor, tokens: Tensor) -> Tensor:  # where that of a query of a phase of so many tokens starts
+        leader = query // stride * stride + (stride - 1 if causal else stride // 2)
+        start = leader.minimum(tokens - 1) - (kernel - 1 if causal else kernel // 2)
+        return start.clamp(min=0).minimum(tokens - kernel)
+
+    tile, number = _cells(per_phase * dilation, size, like)
+    phase = tile // tiles
+    tokens = (whole - phase - 1) // dilation + 1
+    query = (tile % tiles * size + number).minimum(tokens - 1)
+    start = window(query, tokens)[:, :, None]
+
+    tile, number = _cells(per_phase * dilation, span, like)
+    key_phase = tile // tiles
+    tokens = (whole - key_phase - 1) // dilation + 1
+    inside, key = _within(window((tile % tiles * size).minimum(tokens - 1), tokens) + number, tokens)
+
     relative = key[:, None] - query[:, :, None]
-    seen = inside[:, None] & (key[:, None] >= start[:, :, None]) & (key[:, None] < start[:, :, None] + kernel)
+    seen = inside[:, None] & (key[:, None] >= start) & (key[:, None] < start + kernel)
     if causal:
         seen = seen & (relative <= 0)
     position = _arange(length, like)
     number = position // dilation
     place = (position % dilation * tiles + number // size) * size + number % size
-    return _Axis(query * dilation + phase, key * dilation + phase, inside, seen, relative, place)
+    return _Axis(query * dilation + phase, key * dilation + key_phase, inside, seen, relative, place)
 
 
 def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: Tensor) -> _Axis:
     """Blocks of queries, of a map that is `stride` times smaller, and the keys of the block and its halo."""
-    tile, step, window = _arange(_ceil(length, block), like)[:, None], block // stride, block + 2 * halo
-    _, query = _within(tile * step + _arange(step, like), _length(queries, like))
-    inside, key = _within(tile * block - halo + _arange(window, like), _length(length, like))
+    tiles, step, window = _ceil(length, block), block // stride, block + 2 * halo
+    tile, number = _cells(tiles, step, like)
+    _, query = _within(tile * step + number, _length(queries, like))
+    tile, number = _cells(tiles, window, like)
+    inside, key = _within(tile * block - halo + number, _length(length, like))
     relative = _arange(window, like) - _arange(step, like)[:, None]
     return _Axis(query, key, inside, inside[:, None], relative, _arange(queries, like))
 
@@ -406,8 +429,8 @@ class _Around:
 
 
 def _around(rows: Any, columns: Any, like: Tensor) -> _Around:
-    steps = _arange(3, like) - 1
-    down, right = (_within(_arange(n, like)[:, None] + steps, _length(n, like)) for n in (rows, columns))
+    cells = (_cells(n, 3, like) for n in (rows, columns))
+    down, right = (_within(x + step - 1, _length(n, like)) for (x, step), n in zip(cells, (rows, columns), strict=True))
     number = _product(down[1], right[1], lambda r, c: r * _length(columns, like) + c)  # [cells, 9]
     seen = _product(down[0], right[0], torch.logical_and)
     return _Around(number.flatten(), seen[..., None], (number * 9 + 8 - _arange(9, like)).flatten())
@@ -474,14 +497,11 @@ def _large_kernel_attention(
 
 
 def _pad_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
-    """Zeros around a map; concatenated, as a padding by symbols asks whether it is one."""
-    for axis, before, size in ((1, top, height), (2, left, width)):
-        shape: list[Any] = list(x.shape)
-        sides = []
-        for missing in (before, size - x.shape[axis] - before):
-            shape[axis] = missing
-            sides.append(x.new_zeros(shape))
-        x = torch.cat([sides[0], x, sides[1]], axis)
+    """Zeros around a map, by index: PyTorch's padding asks whether a size is one."""
+    for axis, size, first in ((1, height, top), (2, width, left)):
+        inside, place = _within(_arange(size, x) - first, _length(x.shape[axis], x))
+        shown = inside[:, None, None] if axis == 1 else inside[:, None]
+        x = torch.where(shown, x.index_select(axis, place), torch.zeros((), dtype=x.dtype, device=x.device))
     return x
 
 
