@@ -98,7 +98,9 @@ def _length(size: Any, like: Tensor) -> Tensor:
     """A size as a tensor: ONNX has no arithmetic between tensors and sizes that are symbols."""
     if isinstance(size, torch.SymInt):
         return _arange(2 * size, like).amax(0, keepdim=True) // 2 + 1
-    return torch.tensor([size], device=like.device)
+    return torch.full(
+        (1,), size, device=like.device
+    )  # a tensor of a literal is detached in place, which a trace refuses
 
 
 def _cells(count: Any, size: int, like: Tensor) -> tuple[Tensor, Tensor]:

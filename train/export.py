@@ -363,10 +363,11 @@ def _of_run(run: Run, config: ExportConfig) -> Exported:
     load_weights(model, weights, f"checkpoint {path}")
     transform = resolve_transform(cfg.data, model, cfg.model.in_chans)
     if config.features:
-        options = _feature_options(config)
-        options.pop("features_only")
+        levels = config.out_indices
         try:
-            model = FeatureGetterNet(model, **options)
+            model = FeatureGetterNet(
+                model, out_indices=tuple(range(len(model.feature_info)) if levels is None else levels)
+            )
         except (AttributeError, IndexError, AssertionError) as error:
             raise UserError(f"{cfg.model.name} has no maps {config.out_indices or ''}: {first_line(error)}") from error
     published = timm.models.get_pretrained_cfg(cfg.model.name)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from zoo import programs
 from zoo.cli import main
 from zoo.train.export import FORMATS
 from zoo.train.runs import load_run, save_checkpoint, select_weights
@@ -227,7 +228,12 @@ def test_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["run=/nowhere", "out=x"], "no run folder at /nowhere"),
         (["rnu=x"], "unknown key 'rnu'; the nearest keys are run"),
         (["run"], "arguments are key=value"),
-        (["format=onnxx"], "the formats are"),
+        (["format=onnxx"], "the choices are timm, onnx, pt2, aoti"),
+        (["dynamic=some"], "the choices are auto, all, batch, none"),
+        (["opset=18"], "opset= is of format=onnx, not of format=timm"),
+        (["format=pt2", "push=me/it"], "push= is of format=timm"),
+        (["format=onnx", "out_indices=[1]"], "give features=true"),
+        (["format=pt2", "model=van_b0", "out=x", "pretrained=/nowhere"], "no checkpoint file at /nowhere"),
         (["overwrite=perhaps"], "perhaps"),
     ],
 )
@@ -248,3 +254,35 @@ def test_every_format_is_one_of_the_usage(capsys: pytest.CaptureFixture[str]) ->
     assert main(["export", "--help"]) == 0
     usage = capsys.readouterr().out
     assert all(f" {name}: " in usage for name in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("pt2", []),
+        ("pt2", ["decompose=true", "dynamic=batch"]),
+        ("pt2", ["features=true", "dynamic=none"]),
+        ("onnx", ["dynamic=batch"]),
+    ],
+)
+def test_programs(run: Path, tmp_path: Path, kind: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Written, run in a fresh process, and described."""
+    out = tmp_path / "exported"
+    assert main(["export", f"run={run}", f"out={out}", f"format={kind}", *more]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert {p.name for p in out.iterdir()} == {f"model.{kind}", "config.json", "README.md"}
+    assert config["parity"]["program"] < 1e-4
+    assert config["outputs"] == (["map0", "map1"] if "features=true" in more else ["logits"])
+    assert main(["export", f"run={run}", f"out={out}", "overwrite=true"]) == 0
+
+
+def test_a_program_that_differs_is_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay = programs._replay
+    monkeypatch.setattr(programs, "_replay", lambda *a: [[y + 0.01 for y in ys] for ys in replay(*a)])
+    arguments = ["export", f"run={run}", f"out={tmp_path / 'out'}", "format=pt2", "dynamic=none"]
+    assert main(arguments) == 2
+    assert "differs from the model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
