@@ -47,8 +47,8 @@ bench: $(VENV)/.installed ## time the ops against their peers on this machine
 	$(BIN)/python -m benchmarks.ops $(ARGS)
 
 # Of the Pythons at hand the first that can run it: a cluster's image has a PyTorch of its own, and often no network.
-BENCH_GPU = -m benchmarks.gpu $(if $(TUNE),--tune 90) $(ARGS)
-bench-gpu: ## check and time the Triton kernels on this machine's GPU: a table, and JSON (8 minutes; TUNE=1 tunes first)
+BENCH_GPU = -m benchmarks.gpu$(if $(QUICK),_quick) $(if $(TUNE),--tune 90) $(ARGS)
+bench-gpu: ## check and time the Triton kernels on this machine's GPU: a table, and JSON (8 minutes; TUNE=1 tunes first, QUICK=1: one minute)
 	@for p in python3 python $(PYTHON) $(BIN)/python; do \
 		$$p -c 'import timm, torch, triton; assert torch.cuda.is_available()' 2>/dev/null && exec $$p $(BENCH_GPU); done; \
 	{ test -e $(VENV)/.installed || $(MAKE_COMMAND) $(VENV)/.installed; } && exec $(BIN)/python $(BENCH_GPU)

@@ -26,7 +26,7 @@ from benchmarks.ops import differences
 from zoo.ops.examples import Example, headlines_first, select
 from zoo.timing import host_time, step_times
 
-__all__ = ["Settings", "build", "measure", "prepare"]
+__all__ = ["Judged", "Settings", "build", "judged", "measure", "passes", "prepare"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -143,31 +143,52 @@ def weights(out: Tensor, images: int) -> Tensor:
     return weight
 
 
-def check(case: Example, tensors: Sequence[Tensor], mode: str) -> str | None:
-    """What is wrong with a pass of ours: it runs the whole batch, and its first two images are judged."""
+@dataclass(frozen=True)
+class Judged:
+    """A result of ours: its largest error, what is allowed, the size of its values, and whether its bits came twice."""
+
+    name: str
+    error: float
+    allowed: float
+    size: float
+    same: bool
+
+
+def judged(case: Example, tensors: Sequence[Tensor], mode: str) -> Iterator[Judged]:
+    """A pass of ours: it runs the whole batch, and its first two images are judged by the definition.
+
+    At most twice the error of the definition in the same dtype, plus a small term.
+    """
     dtype, images = tensors[0].dtype, 2
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
     call = case.bound(tensors)
 
     def run(backend: str, dtype: torch.dtype, tensors: Sequence[Tensor]) -> list[Tensor]:
         leaves = [x.to(dtype).detach().requires_grad_(mode == "backward") for x in tensors]
         out = call(*leaves, backend=backend)
         if mode == "forward":
-            return [out[:images].float()]
+            return [out[:images].to(wide)]
         # the gradient is zero at the other images, so that those of the parameters are the first two's alone
         grads = torch.autograd.grad(out, leaves, weights(out.detach(), images))
-        return [(x[:images] if i < case.batched else x).float() for i, x in enumerate(grads)]
+        return [(x[:images] if i < case.batched else x).to(wide) for i, x in enumerate(grads)]
 
     actual, again = run("triton", dtype, tensors), run("triton", dtype, tensors)
     few = [x[:images] if i < case.batched else x for i, x in enumerate(tensors)]
-    exact, plain = run("reference", torch.float32, few), run("reference", dtype, few)
+    exact, plain = run("reference", wide, few), run("reference", dtype, few)
     for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
         name = "the output" if mode == "forward" else f"the gradient of input {i}"
         size = float(e.abs().max().clamp(min=1e-3))
         error, allowed = float((a - e).abs().max()), 2 * float((p - e).abs().max()) + _ABSOLUTE[dtype] * size
-        if not error <= allowed:
-            return f"{name} is off by {error:.2e} of {size:.2e}, allowed {allowed:.2e}"
-        if not torch.equal(a, again[i]):
-            return f"{name} has not the same bits twice"
+        yield Judged(name, error, allowed, size, torch.equal(a, again[i]))
+
+
+def check(case: Example, tensors: Sequence[Tensor], mode: str) -> str | None:
+    """What is wrong with a pass of ours."""
+    for what in judged(case, tensors, mode):
+        if not what.error <= what.allowed:
+            return f"{what.name} is off by {what.error:.2e} of {what.size:.2e}, allowed {what.allowed:.2e}"
+        if not what.same:
+            return f"{what.name} has not the same bits twice"
     return None
 
 

@@ -18,7 +18,21 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["Config", "Key", "Table", "forced", "key", "launch", "load_table", "observed", "save_table", "table_path"]
+from ._triton import Like
+
+__all__ = [
+    "Config",
+    "Key",
+    "Table",
+    "forced",
+    "key",
+    "launch",
+    "load_table",
+    "observed",
+    "refused",
+    "save_table",
+    "table_path",
+]
 
 FOLDER = Path(__file__).parent / "tables"
 
@@ -54,12 +68,14 @@ class Key:
 
 
 Table = dict[Key, Config]
+Refusal = tuple[Key, Config, str]
 _FORCED: dict[tuple[str, str], Config] = {}
 _OBSERVERS: list[Table] = []
+_REFUSALS: list[list[Refusal]] = []
 _FITTED: dict[tuple[Any, ...], int] = {}
 
 
-def key(kind: str, direction: str, x: torch.Tensor, dim: int, box: tuple[int, int], positions: int) -> Key:
+def key(kind: str, direction: str, x: torch.Tensor | Like, dim: int, box: tuple[int, int], positions: int) -> Key:
     """The key of a call on tensors like x."""
     size = math.ceil(math.log2(max(1, positions)))
     return Key(kind, direction, str(x.dtype).removeprefix("torch."), dim, box, size)
@@ -79,13 +95,15 @@ def launch(
     for i in range(_FITTED.get(memory, 0), len(configs)):
         try:
             run(configs[i])
-        except OutOfResources:
+        except OutOfResources as error:
+            for seen in _REFUSALS:
+                seen.append((problem, configs[i], str(error)))
             if i + 1 == len(configs):
                 raise
             continue
         _FITTED[memory] = i
-        for seen in _OBSERVERS:
-            seen.setdefault(problem, configs[i])
+        for table in _OBSERVERS:
+            table.setdefault(problem, configs[i])
         return
 
 
@@ -193,3 +211,14 @@ def observed() -> Iterator[Table]:
         yield seen
     finally:
         _OBSERVERS.remove(seen)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[list[Refusal]]:
+    """Collect what the device had not the resources for inside the block: problem, configuration, and its reason."""
+    seen: list[Refusal] = []
+    _REFUSALS.append(seen)
+    try:
+        yield seen
+    finally:
+        _REFUSALS.remove(seen)

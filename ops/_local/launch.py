@@ -2,15 +2,16 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, fits_int32, unit, upcast
+from zoo.ops._triton import INTERPRET, Launch, Like, fits_int32, unit, upcast
 from zoo.ops._tuning import Config
 
 from .geometry import Axis, AxisTables, axis_plan, axis_tables, partitions
@@ -25,7 +26,7 @@ from .kernels import (
     table_kernel,
 )
 
-__all__ = ["Relative", "local_backward", "local_forward"]
+__all__ = ["Relative", "forget_plans", "local_backward", "local_forward"]
 
 _PARTIALS = 4  # waves of programs that make partial sums of the bias gradient, each a block of them
 _SQUARE = 8  # side of a tile
@@ -50,6 +51,30 @@ class Relative:
     halo: int
     stride: int
 
+    @property
+    def extent(self) -> "Extent | None":
+        """None where there are no embeddings."""
+        if self.height is None and self.width is None:
+            return None
+        return Extent(self.block, self.halo, self.block // self.stride)
+
+
+class Extent(NamedTuple):
+    """Sizes of a Relative: keys per block and axis, keys beyond it, queries per block and axis."""
+
+    keys: int
+    halo: int
+    queries: int
+
+    @property
+    def window(self) -> int:
+        return self.keys + 2 * self.halo
+
+    @property
+    def rows(self) -> int:
+        """Of a table of embeddings, rounded up."""
+        return max(16, triton.next_power_of_2(2 * self.window - 1))
+
 
 @functools.lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
@@ -60,7 +85,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_multiprocessor", 0)) or 64 * 1024
 
 
-def _configs(q: Tensor, v: Tensor, area: int, tiles: int) -> list[Config]:
+def _configs(q: Like, v: Like, area: int, tiles: int) -> list[Config]:
     """The heuristic, the best first; the later ones need less shared memory.
 
     Tiles of 64 rows and 4 warps: with more, a product of 64 rows is computed twice. Loads run an image ahead where two
@@ -77,7 +102,7 @@ def _configs(q: Tensor, v: Tensor, area: int, tiles: int) -> list[Config]:
     columns = min(most, max(16, triton.next_power_of_2(area)))
     small = min(columns, 32)
     width = area if area <= columns * _MOST_UNROLLED else columns  # what an image loads of k and v
-    ahead = 2 * (width * dim + 64 * tiles * dim // 2) * q.element_size() + 64 * columns * 4
+    ahead = 2 * (width * dim + 64 * tiles * dim // 2) * q.dtype.itemsize + 64 * columns * 4
     stages = 2 if 2 * ahead <= _shared_memory(q.device) else 1
     configs = [Config(8, columns, 4, 2)] if stages == 2 else []
     return [
@@ -175,34 +200,51 @@ def _has_table(layout: _Layout, heads: int) -> bool:
     return 4 * heads * layout.classes * layout.block_m * layout.columns <= _TABLE_BYTES
 
 
-def _additive(q: Tensor, layout: _Layout, bias: Tensor | None) -> dict[str, Any]:
+class _Table:
     """The table [heads or 1, classes, BLOCK_M, COLUMNS]: bias where a pair sees each other, -inf elsewhere.
 
     In q's dtype where that is the bias's, which half the memory traffic of a half precision is for. A table that would
     be too large is none, and kernels compute what it would hold.
+
+    arguments: what kernels are told of it.
     """
-    heads, size_h, size_w = (1, 1, 1) if bias is None else bias.shape
-    size = layout.block_m * layout.columns
-    found = {
-        "bias_ptr": q if bias is None else bias.contiguous(),
-        "size_h": size_h,
-        "size_w": size_w,
-        "table_heads": heads,
-        "BIAS": bias is not None,
-    }
-    if not _has_table(layout, heads):
-        return found | {"table_ptr": q, "TABLE": False}
-    dtype = q.dtype if bias is None or bias.dtype == q.dtype else torch.float32
-    table = q.new_empty((heads, layout.classes, layout.block_m, layout.columns), dtype=dtype)
-    block = min(1024, size & -size)
-    named = layout.some(
-        "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BOX_W", "BLOCK_M", "COLUMNS"
-    )
-    table_kernel[(heads * layout.classes * (size // block),)](
-        found["bias_ptr"], table, size_h=size_h, size_w=size_w, **named,
-        BLOCK=block, BIAS=bias is not None, REVERSE=layout.reverse,
-    )  # fmt: skip
-    return found | {"table_ptr": table, "TABLE": True}
+
+    def __init__(self, q: Like, layout: _Layout, bias: Like | None) -> None:
+        heads, size_h, size_w = (1, 1, 1) if bias is None else bias.shape
+        there = _has_table(layout, heads)
+        self.arguments = {
+            "size_h": size_h, "size_w": size_w, "table_heads": heads, "BIAS": bias is not None, "TABLE": there,
+        }  # fmt: skip
+        self._shape = (heads, layout.classes, layout.block_m, layout.columns)
+        self._dtype = q.dtype if bias is None or bias.dtype == q.dtype else torch.float32
+        self._fill = None
+        if there:
+            size = layout.block_m * layout.columns
+            block = min(1024, size & -size)
+            named = layout.some(
+                "spans_h_ptr",
+                "spans_w_ptr",
+                "classes_w",
+                "n_classes",
+                "TILE_H",
+                "TILE_W",
+                "BOX_W",
+                "BLOCK_M",
+                "COLUMNS",
+            )
+            self._fill = Launch(
+                table_kernel, (heads * layout.classes * (size // block),), ("bias_ptr", "table_ptr"),
+                size_h=size_h, size_w=size_w, **named, BLOCK=block, BIAS=bias is not None, REVERSE=layout.reverse,
+            )  # fmt: skip
+
+    def make(self, q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The bias, which is contiguous, and the table; q for one that is not there."""
+        bias = q if bias is None else bias
+        if self._fill is None:
+            return bias, q
+        table = q.new_empty(self._shape, dtype=self._dtype)
+        self._fill(bias, table)
+        return bias, table
 
 
 @functools.cache
@@ -232,11 +274,6 @@ def _images(batch: int, programs: int, at_once: int) -> int:
     return min(range(-(-usual // 2), min(batch, max(usual, usual * 4 // 3)) + 1), key=cost)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Element strides of batch, row, column and head; the last axis has unit stride."""
-    return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
-
-
 _OF_TILES = (
     "tiles_h_ptr", "tiles_w_ptr", "classes_w", "n_classes", "TILE_W", "BLOCK_M", "BOX_H", "BOX_W", "COLUMNS",
 )  # fmt: skip
@@ -245,7 +282,7 @@ _OF_MEMBERS = ("members_h_ptr", "members_w_ptr", "order_h_ptr", "order_w_ptr", "
 _OF_BLOCKS = ("BLOCK_N", "CHUNKS", "TAIL")
 
 
-def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, height: Axis, width: Axis) -> dict[str, Any]:
+def _shape_arguments(q: Like, k: Like, v: Like, height: Axis, width: Axis) -> dict[str, Any]:
     return {
         "batch": q.shape[0],
         "heads": q.shape[3],
@@ -265,16 +302,17 @@ def _shape_arguments(q: Tensor, k: Tensor, v: Tensor, height: Axis, width: Axis)
     }
 
 
-def _unroll(layout: _Layout, q: Tensor) -> bool:
+def _unroll(layout: _Layout, q: Like) -> bool:
     """Whether the blocks of a box are written out one after the other; in float32 ptxas runs out of registers then."""
     return layout.blocks == 1 or (layout.chunks <= _MOST_UNROLLED and q.dtype != torch.float32)
 
 
-def _stride_arguments(**tensors: Tensor) -> dict[str, int]:
+def _stride_arguments(**tensors: Like) -> dict[str, int]:
+    """Element strides of batch, row, column and head; the last axis has unit stride."""
     return {
         f"{name}_s{axis}": stride
         for name, x in tensors.items()
-        for axis, stride in zip("bhwn", _strides(x), strict=True)
+        for axis, stride in zip("bhwn", x.strides[:4], strict=True)
     }
 
 
@@ -284,10 +322,19 @@ def _grid(layout: _Layout, batch: int, heads: int) -> tuple[tuple[int], int, int
     return (layout.tiles * groups * heads,), groups, images
 
 
-def _launch(kind: str, direction: str, q: Tensor, v: Tensor, axes: tuple[Axis, Axis], configs: Any, run: Any) -> None:
+_memo = functools.lru_cache(maxsize=1024)
+
+
+@_memo
+def _problem(kind: str, direction: str, q: Like, v: Like, height: Axis, width: Axis) -> tuning.Key:
     dim = max(q.shape[-1], v.shape[-1])
-    problem = tuning.key(kind, direction, q, dim, (_side(axes[0]), _side(axes[1])), axes[0].length * axes[1].length)
-    tuning.launch(problem, configs, q.device, run, axes, q.shape[-1], v.shape[-1])
+    return tuning.key(kind, direction, q, dim, (_side(height), _side(width)), height.length * width.length)
+
+
+def _launch(kind: str, direction: str, q: Like, v: Like, axes: tuple[Axis, Axis], configs: Any, run: Any) -> None:
+    tuning.launch(
+        _problem(kind, direction, q, v, *axes), configs, q.device, run, axes, q.shape[-1], v.shape[-1]
+    )  # fmt: skip
 
 
 @functools.cache
@@ -322,53 +369,89 @@ def local_forward(
         float32, as local_backward reads it.
     """
     q, k, v = unit(q), unit(k), unit(v)
-    batch, heads = q.shape[0], q.shape[3]
+    bias = None if bias is None else bias.contiguous()
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    configs = _configs(q, v, _area(height, width, False), 1)
-    common = _numerics(q, k, v, out, scale=scale)
+    maps = (Like.of(q), Like.of(k), Like.of(v))
+    like_bias = None if bias is None else Like.of(bias)
+    extent = None if relative is None else relative.extent
 
     def run(config: Config) -> None:
-        layout = _layout(height, width, config, False, q.device)
-        grid, groups, images = _grid(layout, batch, heads)
-        forward_kernel[grid](
-            q, k, v, out, lse, **_relative_arguments(relative, q),
-            **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, "n_tiles_w"),
-            **_additive(q, layout, bias), **_shape_arguments(q, k, v, height, width),
-            **_stride_arguments(q=q, k=k, v=v), groups=groups, images=images, UNROLL=_unroll(layout, q), MASK=mask,
-            SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        table, forward = _forward_plan(config, *maps, like_bias, height, width, scale, extent, mask)
+        forward(q, k, v, out, lse, _embeddings(relative, q), *table.make(q, bias))
 
-    _launch(kind, "forward", q, v, (height, width), configs, run)
+    _launch(kind, "forward", maps[0], maps[2], (height, width), _forward_configs(*maps, height, width), run)
     return out, lse
 
 
-def _numerics(*tensors: Tensor, scale: float) -> dict[str, Any]:
-    """q first."""
-    return {"scale": scale, "HALF": tensors[0].dtype != torch.float32, "WIDE": not fits_int32(*tensors)}
+@_memo
+def _forward_configs(q: Like, k: Like, v: Like, height: Axis, width: Axis) -> tuple[Config, ...]:
+    return tuple(_configs(q, v, _area(height, width, False), 1))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+_MAPS = ("q_ptr", "k_ptr", "v_ptr")
+_TABLES = ("bias_ptr", "table_ptr")
+
+
+@_memo
+def _forward_plan(
+    config: Config, q: Like, k: Like, v: Like, bias: Like | None, height: Axis, width: Axis, scale: float,
+    extent: Extent | None, mask: bool,
+) -> tuple[_Table, Launch]:  # fmt: skip
+    layout = _layout(height, width, config, False, q.device)
+    grid, groups, images = _grid(layout, q.shape[0], q.shape[3])
+    table = _Table(q, layout, bias)
+    launch = Launch(
+        forward_kernel, grid, (*_MAPS, "o_ptr", "lse_ptr", "relative_ptr", *_TABLES), **_relative_arguments(extent),
+        **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, "n_tiles_w"), **table.arguments,
+        **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v), groups=groups, images=images,
+        UNROLL=_unroll(layout, q), MASK=mask, SAME_KV=_same(k, v), **_numerics(q, k, v, scale=scale),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return table, launch
+
+
+def _numerics(*tensors: Like, scale: float) -> dict[str, Any]:
+    """q first; what is written is as large as what is read, if that is dense."""
+    dense = (_dense(x) for x in tensors)
+    wide = not fits_int32(*tensors, *dense)
+    return {"scale": scale, "HALF": tensors[0].dtype != torch.float32, "WIDE": wide}
+
+
+def _dense(x: Like) -> Like:
+    """A contiguous tensor of x's shape."""
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.append(strides[-1] * size)
+    return x._replace(strides=tuple(reversed(strides)))
+
+
+def _same(a: Like, b: Like) -> bool:
     """Whether one offset inside an image serves both."""
-    return a.stride()[1:3] == b.stride()[1:3]
+    return a.strides[1:3] == b.strides[1:3]
 
 
-def _relative_arguments(relative: Relative | None, q: Tensor, tile: int | None = None) -> dict[str, Any]:
-    """The embeddings in q's dtype and the sizes that go with them; `tile` for the columns kernel: its tiles' side."""
-    if relative is None or (relative.height is None and relative.width is None):
-        found: dict[str, Any] = {"relative_ptr": q, "REL": 0, "BLOCK_R": 16, "QUERIES": 1}
-        window, keys, halo = 1, 1, 0
-    else:
-        keys, halo = relative.block, relative.halo
-        window = keys + 2 * halo
-        rows = max(16, triton.next_power_of_2(2 * window - 1))
-        embeddings = q.new_zeros(2, rows, max(16, triton.next_power_of_2(q.shape[-1])))
-        for axis, table in enumerate((relative.height, relative.width)):
-            if table is not None:
-                embeddings[axis, : table.shape[0], : table.shape[1]] = table
-        found = {"relative_ptr": embeddings, "REL": window, "BLOCK_R": rows, "QUERIES": keys // relative.stride}
+def _embeddings(relative: Relative | None, q: Tensor) -> Tensor:
+    """The embeddings of both axes [2, rows, dim], rounded up, in q's dtype; q where there are none."""
+    extent = None if relative is None else relative.extent
+    if relative is None or extent is None:
+        return q
+    embeddings = q.new_zeros(2, extent.rows, max(16, triton.next_power_of_2(q.shape[-1])))
+    for axis, table in enumerate((relative.height, relative.width)):
+        if table is not None:
+            embeddings[axis, : table.shape[0], : table.shape[1]] = table
+    return embeddings
+
+
+def _relative_arguments(extent: Extent | None, tile: int | None = None) -> dict[str, Any]:
+    """The sizes that go with the embeddings; `tile` for the columns kernel: its tiles' side."""
+    found: dict[str, Any] = {"REL": 0, "BLOCK_R": 16, "QUERIES": 1}
+    window, keys, halo = 1, 1, 0
+    if extent is not None:
+        window, keys, halo = extent.window, extent.keys, extent.halo
+        found = {"REL": window, "BLOCK_R": extent.rows, "QUERIES": extent.queries}
     if tile is None:
         return found | {"BLOCK_W": max(16, triton.next_power_of_2(window))}
     return found | {"KEYS": keys, "HALO": halo, "BLOCK_T": max(16, triton.next_power_of_2(tile))}
@@ -404,7 +487,7 @@ def local_backward(
 ) -> Gradients:
     """Gradients of local_forward; `into` names tensors (views of one packed gradient, say) to write dq, dk, dv to."""
     q, k, v, grad, out = unit(q), unit(k), unit(v), unit(grad), out.contiguous()
-    batch, heads = q.shape[0], q.shape[3]
+    bias = None if bias is None else bias.contiguous()
     dq, dk, dv = into or tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     tables = (None, None) if relative is None else (relative.height, relative.width)
@@ -413,78 +496,188 @@ def local_backward(
         return Gradients(
             dq.zero_(), dk.zero_(), dv.zero_(), None if dbias is None else dbias.zero_(), (drel[0], drel[1])
         )
-    stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
-    axes = (height, width)
-    common = _numerics(q, k, v, grad, out, dq, dk, dv, stats, scale=scale)
-    partials = _partials(q.device)
+    call = _Backward(
+        Like.of(q), Like.of(k), Like.of(v), Like.of(grad), Like.of(dq), Like.of(dk), Like.of(dv),
+        None if bias is None else Like.of(bias), height, width, scale, None if relative is None else relative.extent,
+        mask,
+    )  # fmt: skip
+    embeddings = _embeddings(relative, q)
 
     def rows(config: Config) -> None:
-        layout = _layout(height, width, config, False, q.device)
-        additive = _additive(q, layout, bias)
-        unroll = _unroll(layout, q)
-        summed = bias is not None and unroll and layout.columns <= _MOST_SUMMED
-        share, segments = _segments(layout, batch, (partials if summed or relative else _PROGRAMS) // heads)
-        found = _relative_arguments(relative, q)
-        shape = (segments, heads, 2, found["BLOCK_R"], max(16, triton.next_power_of_2(q.shape[-1])))
-        sums = lse.new_empty((1,) if relative is None else shape)
-        partial = lse.new_empty((segments, heads, layout.block_m, layout.columns) if summed else (1,))
-        rows_kernel[(segments * heads,)](
-            q, k, v, out, grad, lse, stats, dq, sums, partial, **found, **additive,
-            **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, *_OF_MEMBERS),
-            **_shape_arguments(q, k, v, height, width),
-            **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq), share=share, UNROLL=unroll, SUM_BIAS=summed, MASK=mask,
-            SAME_KV=_same(k, v), **common, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        plan = _rows_plan(config, call)
+        of_bias, table = plan.table.make(q, bias)
+        sums = lse.new_empty(plan.sums)
+        partial = lse.new_empty(plan.partial)
+        plan.kernel(q, k, v, out, grad, lse, stats, dq, sums, partial, embeddings, of_bias, table)
         for axis, target in enumerate(drel):
             if target is not None:
                 target.copy_(sums[:, :, axis, : target.shape[0], : target.shape[1]].sum((0, 1)))
-        if dbias is not None and summed:
-            _fold(layout, partial, batch, share, dbias, 0)
-        elif dbias is not None:
-            _bias_gradient(layout, config, additive, dbias, q, k, v, grad, stats, height, width, common)
+        if dbias is None:
+            return
+        for kernel, shape, fold in plan.bias:
+            if kernel is not None:
+                partial = lse.new_empty(shape)
+                kernel(q, k, v, grad, stats, partial, of_bias, table)
+            fold.run(partial, dbias)
 
     def columns(config: Config) -> None:
-        layout = _layout(height, width, config, True, q.device)
-        grid, groups, images = _grid(layout, batch, heads)
-        columns_kernel[grid](
-            q, k, v, grad, stats, dk, dv, **_relative_arguments(relative, q, config.tile),
-            **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, "n_tiles_w"), **_additive(q, layout, bias),
-            **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad, dk=dk, dv=dv),
-            groups=groups, images=images, UNROLL=_unroll(layout, q), **common,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        additive, kernel = _columns_plan(config, call)
+        kernel(q, k, v, grad, stats, dk, dv, embeddings, *additive.make(q, bias))
 
     def square(config: Config) -> None:
-        layout = _layout(height, width, replace(config, tile=_SQUARE, columns=_SQUARE**2), False, q.device)
-        additive = _additive(q, layout, bias)
-        share, segments = _segments(layout, batch, partials // heads)
-        shape = (segments, heads, layout.block_m, layout.columns)
-        partial = lse.new_empty(shape if bias is not None else (1,))
-        square_kernel[(segments * heads,)](
-            q, k, v, out, grad, lse, dq, dk, dv, partial, **layout.some(*_OF_TILES, *_OF_MEMBERS),
-            **{name: additive[name] for name in ("table_ptr", "table_heads", "BIAS")},
-            **_shape_arguments(q, k, v, height, width),
-            **_stride_arguments(q=q, k=k, v=v, do=grad, dq=dq, dk=dk, dv=dv), share=share,
-            SAME_KV=_same(k, v), **common,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        plan = _square_plan(config, call)
+        _, table = plan.table.make(q, bias)
+        partial = lse.new_empty(plan.partial)
+        plan.kernel(q, k, v, out, grad, lse, dq, dk, dv, partial, table)
         if dbias is not None:
-            _fold(layout, partial, batch, share, dbias, 0)
+            plan.bias[0][2].run(partial, dbias)
 
+    def launch(direction: str, configs: tuple[Config, ...], run: Any) -> None:
+        _launch(kind, direction, call.q, call.v, (height, width), configs, run)
+
+    configs = _backward_configs(call)
+    if "square" in configs:
+        launch("square", configs["square"], square)
+    else:
+        stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
+        launch("rows", configs["rows"], rows)
+        launch("columns", configs["columns"], columns)
+    return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
+
+
+class _Backward(NamedTuple):
+    """All that the plans of a backward depend on."""
+
+    q: Like
+    k: Like
+    v: Like
+    grad: Like
+    dq: Like
+    dk: Like
+    dv: Like
+    bias: Like | None
+    height: Axis
+    width: Axis
+    scale: float
+    extent: Extent | None
+    mask: bool
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[3]
+
+    def numerics(self) -> dict[str, Any]:
+        return _numerics(self.q, self.k, self.v, self.grad, self.dq, self.dk, self.dv, self.stats(), scale=self.scale)
+
+    def stats(self) -> Like:
+        return self.q._replace(shape=(*self.q.shape[:-1], 2))
+
+    def shapes(self) -> dict[str, Any]:
+        return _shape_arguments(self.q, self.k, self.v, self.height, self.width)
+
+
+class _Sums(NamedTuple):
+    """A kernel that leaves partial sums: its table, and for the gradient of the bias, columns by columns, the kernel
+    that makes partial sums of this shape (None where the kernel itself does) and what adds them.
+
+    sums, partial: shapes of what the kernel writes for the embeddings and for the bias.
+    """
+
+    table: _Table
+    kernel: Launch
+    sums: tuple[int, ...]
+    partial: tuple[int, ...]
+    bias: tuple[tuple[Launch | None, tuple[int, ...], "_Fold"], ...]
+
+
+@_memo
+def _backward_configs(call: _Backward) -> dict[str, tuple[Config, ...]]:
+    """The heuristic for every kernel that the backward launches."""
+    q, v, height, width = call.q, call.v, call.height, call.width
     area = _area(height, width, False)
     configs = _configs(q, v, area, 3)
-    if relative is None and not mask and _in_one_pass(height, width, heads, q.device):
+    if call.extent is None and not call.mask and _in_one_pass(height, width, call.heads, q.device):
         if q.dtype == torch.float32:
             configs = [c for c in configs if c.stages == 1]
-        _launch(kind, "square", q, v, axes, configs, square)
-    else:
-        if relative is not None and q.dtype == torch.float32:
-            configs = [c for c in configs if c.tile < _SQUARE]  # relative positions need registers of their own
-        elif bias is not None and area > configs[0].columns:
-            configs = [replace(configs[0], columns=min(configs[0].columns, 32)), *configs]  # as do sums
-        _launch(kind, "rows", q, v, axes, configs, rows)
-        _launch(kind, "columns", q, v, axes, _configs(q, v, _area(height, width, True), 2), columns)
-    return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
+        return {"square": tuple(configs)}
+    if call.extent is not None and q.dtype == torch.float32:
+        configs = [c for c in configs if c.tile < _SQUARE]  # relative positions need registers of their own
+    elif call.bias is not None and area > configs[0].columns:
+        configs = [replace(configs[0], columns=min(configs[0].columns, 32)), *configs]  # as do sums
+    return {"rows": tuple(configs), "columns": tuple(_configs(q, v, _area(height, width, True), 2))}
+
+
+@_memo
+def _rows_plan(config: Config, call: _Backward) -> _Sums:
+    layout = _layout(call.height, call.width, config, False, call.q.device)
+    table = _Table(call.q, layout, call.bias)
+    unroll = _unroll(layout, call.q)
+    has_bias, heads, extent = call.bias is not None, call.heads, call.extent
+    summed = has_bias and unroll and layout.columns <= _MOST_SUMMED
+    most = (_partials(call.q.device) if summed or extent is not None else _PROGRAMS) // heads
+    share, segments = _segments(layout, call.batch, most)
+    kernel = Launch(
+        rows_kernel, (segments * heads,),
+        (
+            *_MAPS, "o_ptr", "do_ptr", "lse_ptr", "stats_ptr", "dq_ptr", "drelative_ptr", "partial_ptr", "relative_ptr",
+            *_TABLES,
+        ),
+        **_relative_arguments(extent), **table.arguments,
+        **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, *_OF_MEMBERS), **call.shapes(),
+        **_stride_arguments(q=call.q, k=call.k, v=call.v, do=call.grad, dq=call.dq), share=share, UNROLL=unroll,
+        SUM_BIAS=summed, MASK=call.mask, SAME_KV=_same(call.k, call.v), **call.numerics(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    sums = (
+        (1,) if extent is None else (segments, heads, 2, extent.rows, max(16, triton.next_power_of_2(call.q.shape[-1])))
+    )
+    partial = (segments, heads, layout.block_m, layout.columns) if summed else (1,)
+    bias: tuple[Any, ...] = ()
+    if summed:
+        bias = ((None, partial, _Fold(layout, partial, call, share, 0)),)
+    elif has_bias:
+        bias = tuple(_bias_gradient(layout, config, table, call))
+    return _Sums(table, kernel, sums, partial, bias)
+
+
+@_memo
+def _columns_plan(config: Config, call: _Backward) -> tuple[_Table, Launch]:
+    layout = _layout(call.height, call.width, config, True, call.q.device)
+    grid, groups, images = _grid(layout, call.batch, call.heads)
+    table = _Table(call.q, layout, call.bias)
+    kernel = Launch(
+        columns_kernel, grid, (*_MAPS, "do_ptr", "stats_ptr", "dk_ptr", "dv_ptr", "relative_ptr", *_TABLES),
+        **_relative_arguments(call.extent, config.tile),
+        **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, "n_tiles_w"), **table.arguments, **call.shapes(),
+        **_stride_arguments(q=call.q, k=call.k, v=call.v, do=call.grad, dk=call.dk, dv=call.dv),
+        groups=groups, images=images, UNROLL=_unroll(layout, call.q), **call.numerics(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return table, kernel
+
+
+@_memo
+def _square_plan(config: Config, call: _Backward) -> _Sums:
+    config = replace(config, tile=_SQUARE, columns=_SQUARE**2)
+    layout = _layout(call.height, call.width, config, False, call.q.device)
+    table = _Table(call.q, layout, call.bias)
+    share, segments = _segments(layout, call.batch, _partials(call.q.device) // call.heads)
+    partial = (segments, call.heads, layout.block_m, layout.columns) if call.bias is not None else (1,)
+    kernel = Launch(
+        square_kernel, (segments * call.heads,),
+        (*_MAPS, "o_ptr", "do_ptr", "lse_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "partial_ptr", "table_ptr"),
+        **layout.some(*_OF_TILES, *_OF_MEMBERS), **{n: table.arguments[n] for n in ("table_heads", "BIAS")},
+        **call.shapes(),
+        **_stride_arguments(q=call.q, k=call.k, v=call.v, do=call.grad, dq=call.dq, dk=call.dk, dv=call.dv),
+        share=share, SAME_KV=_same(call.k, call.v), **call.numerics(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    bias = () if call.bias is None else ((None, partial, _Fold(layout, partial, call, share, 0)),)
+    return _Sums(table, kernel, (1,), partial, bias)
 
 
 def _in_one_pass(height: Axis, width: Axis, heads: int, device: torch.device) -> bool:
@@ -519,50 +712,60 @@ def _shares(counts_h: tuple[int, ...], counts_w: tuple[int, ...], batch: int, mo
 
 
 def _bias_gradient(
-    layout: _Layout,
-    config: Config,
-    additive: dict[str, Any],
-    dbias: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    stats: Tensor,
-    height: Axis,
-    width: Axis,
-    common: dict[str, Any],
-) -> None:
-    """Sum ds per tile class in a fixed order, then what each bias entry received, some columns of a box at a time."""
-    batch, heads = q.shape[0], q.shape[3]
-    share, segments = _segments(layout, batch, _partials(q.device) // (heads * layout.blocks))
+    layout: _Layout, config: Config, table: _Table, call: _Backward
+) -> Iterator[tuple[Launch, tuple[int, ...], "_Fold"]]:
+    """Sums of ds per tile class in a fixed order, some columns of a box at a time, and what adds them."""
+    heads = call.heads
+    share, segments = _segments(layout, call.batch, _partials(call.q.device) // (heads * layout.blocks))
     most = max(1, _TABLE_BYTES // (4 * segments * heads * layout.block_m * layout.block_n))
     ranges = [(c * layout.block_n, min(most, layout.chunks - c), layout.block_n) for c in range(0, layout.chunks, most)]
     if layout.tail:
         ranges.append((layout.chunks * layout.block_n, 1, layout.tail))
     for start, chunks, block in ranges:
-        partial = stats.new_empty(segments, heads, layout.block_m, chunks * block)
-        bias_gradient_kernel[(segments * chunks * heads,)](
-            q, k, v, grad, stats, partial, **additive, **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_MEMBERS),
-            **_shape_arguments(q, k, v, height, width), **_stride_arguments(q=q, k=k, v=v, do=grad), share=share,
-            start=start, width=chunks * block, BLOCK_N=block, CHUNKS=chunks, SAME_KV=_same(k, v), **common,
-            num_warps=config.warps, num_stages=config.stages,
+        partial = (segments, heads, layout.block_m, chunks * block)
+        kernel = Launch(
+            bias_gradient_kernel, (segments * chunks * heads,),
+            (*_MAPS, "do_ptr", "stats_ptr", "partial_ptr", *_TABLES),
+            **table.arguments, **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_MEMBERS), **call.shapes(),
+            **_stride_arguments(q=call.q, k=call.k, v=call.v, do=call.grad), share=share,
+            start=start, width=chunks * block, BLOCK_N=block, CHUNKS=chunks, SAME_KV=_same(call.k, call.v),
+            **call.numerics(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        _fold(layout, partial, batch, share, dbias, start)
+        yield kernel, partial, _Fold(layout, partial, call, share, start)
 
 
-def _fold(layout: _Layout, partial: Tensor, batch: int, share: int, dbias: Tensor, start: int) -> None:
-    """Add the segments of every class, then what every bias entry received in these columns of the box."""
-    heads, size, width = partial.shape[1], partial[0, 0].numel(), partial.shape[3]
-    folded = partial.new_empty(heads, layout.classes, size)
-    block = math.gcd(size, 1024 if INTERPRET else 32)  # few programs where each takes the interpreter long
-    fold_kernel[(size // block * layout.classes * heads,)](
-        partial, folded, batch=batch, share=share, heads=heads, size=size, BLOCK=block, AT_ONCE=32,
-        **layout.some("members_h_ptr", "members_w_ptr", "classes_w", "n_classes", "CLASSES"),
-    )  # fmt: skip
-    size_h, size_w = dbias.shape[1:]
-    bias_kernel[(triton.cdiv(size_h * size_w, 16) * heads,)](
-        folded, dbias, size_h=size_h, size_w=size_w, start=start, width=width, BLOCK=16, ADD=start > 0,
-        **layout.some(
-            "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BOX_H", "BOX_W", "BLOCK_M"
-        ),
-    )  # fmt: skip
+class _Fold:
+    """Adds the segments of every class, then what every bias entry received in columns of the box from `start` on."""
+
+    def __init__(self, layout: _Layout, partial: tuple[int, ...], call: _Backward, share: int, start: int) -> None:
+        assert call.bias is not None
+        heads, width = partial[1], partial[3]
+        size = partial[2] * width
+        self._shape = (heads, layout.classes, size)
+        block = math.gcd(size, 1024 if INTERPRET else 32)  # few programs where each takes the interpreter long
+        self._fold = Launch(
+            fold_kernel, (size // block * layout.classes * heads,), ("partial_ptr", "out_ptr"),
+            batch=call.batch, share=share, heads=heads, size=size, BLOCK=block, AT_ONCE=32,
+            **layout.some("members_h_ptr", "members_w_ptr", "classes_w", "n_classes", "CLASSES"),
+        )  # fmt: skip
+        size_h, size_w = call.bias.shape[1:]
+        self._bias = Launch(
+            bias_kernel, (triton.cdiv(size_h * size_w, 16) * heads,), ("folded_ptr", "out_ptr"),
+            size_h=size_h, size_w=size_w, start=start, width=width, BLOCK=16, ADD=start > 0,
+            **layout.some(
+                "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BOX_H", "BOX_W", "BLOCK_M"
+            ),
+        )  # fmt: skip
+
+    def run(self, partial: Tensor, dbias: Tensor) -> None:
+        folded = partial.new_empty(self._shape)
+        self._fold(partial, folded)
+        self._bias(folded, dbias)
+
+
+def forget_plans() -> None:
+    """Plan anew: what they were made by (the constants of this file, a table of configurations) has changed."""
+    for plans in (
+        _problem, _forward_configs, _forward_plan, _backward_configs, _rows_plan, _columns_plan, _square_plan
+    ):  # fmt: skip
+        plans.cache_clear()

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, PRECISION, block, load, upcast
+from zoo.ops._triton import INTERPRET, PRECISION, block, load, summed, upcast
 from zoo.ops._tuning import Config
 
 __all__ = ["large_kernel_attention_backward_triton", "large_kernel_attention_triton"]
@@ -74,10 +74,15 @@ def _depthwise_kernel(
                 taps += (tl.load(w_ptr + where),)  # type: ignore[assignment]
             else:
                 taps += (tl.load(w_ptr + where, mask=ch < C, other=0.0),)  # type: ignore[assignment]
+        pixels = ()  # all of a column, so that its loads are under way together
+        for i in tl.static_range(ROWS + TAPS - 1):
+            row = top + (above + i - KH // 2) * DILATION
+            there = inside & (row >= 0) & (row < height)
+            pixels += (tl.load(column + tl.cast(row, tl.int64) * x_sh, mask=there, other=0.0),)  # type: ignore[assignment]
         for i in tl.static_range(ROWS + TAPS - 1):
             row = top + (above + i - KH // 2) * DILATION
             if (row >= 0) & (row < height):
-                x = _wide(tl.load(column + tl.cast(row, tl.int64) * x_sh, mask=inside, other=0.0))
+                x = _wide(pixels[i])
                 sums = ()
                 for j in tl.static_range(ROWS):
                     if i - j >= 0 and i - j < TAPS:
@@ -98,11 +103,11 @@ def _depthwise_kernel(
 
 @triton.jit
 def _depthwise_weight_kernel(
-    x_ptr, g_ptr, dw_ptr, db_ptr, rows, height, width, share, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw,
+    x_ptr, g_ptr, partial_ptr, rows, height, width, share, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dw[split, c, tap] and db[split, c], summed over a share of all rows: BLOCK_P rows at a time, from left to right.
+    """partial[split]: dw[c, tap], then db[c], summed over a share of all rows: BLOCK_P rows at a time, from the left.
 
     TAPS kernel rows are summed by a program. A pixel of x meets the KW pixels of the gradient that are held.
     """
@@ -132,29 +137,45 @@ def _depthwise_weight_kernel(
                 g = _wide(tl.load(g_row + tl.cast(c, tl.int64) * g_sw, mask=mask, other=0.0))
                 total += g
                 held = (g,) + held[: KW - 2]
+            # the pixels of a step are loaded a step before, while those of the last are multiplied
+            nearer = tl.load(
+                g_row + tl.cast(phase + HALF * DILATION, tl.int64) * g_sw,
+                mask=(row < tl.where(phase + HALF * DILATION < width, last, 0))[:, None] & mask_c, other=0.0,
+            )  # fmt: skip
+            pixels = ()
+            for i in tl.static_range(TAPS):
+                end = tl.where(above + i < KH, height, 0)
+                there = (row < last) & (r + i * DILATION >= 0) & (r + i * DILATION < end) & (phase < width)
+                place = tl.cast(i * DILATION, tl.int64) * x_sh + tl.cast(phase, tl.int64) * x_sw
+                pixels += (tl.load(x_row + place, mask=there[:, None] & mask_c, other=0.0),)  # type: ignore[assignment]
             for q in range(count):
-                c = phase + q * DILATION
-                ahead = c + HALF * DILATION
-                mask = (row < tl.where(ahead < width, last, 0))[:, None] & mask_c
-                g = _wide(tl.load(g_row + tl.cast(ahead, tl.int64) * g_sw, mask=mask, other=0.0))
+                g = _wide(nearer)
                 total += g
                 held = (g,) + held
+                c = phase + (q + 1) * DILATION
+                ahead = c + HALF * DILATION
+                mask = (row < tl.where(ahead < width, last, 0))[:, None] & mask_c
+                nearer = tl.load(g_row + tl.cast(ahead, tl.int64) * g_sw, mask=mask, other=0.0)
                 sums = ()
+                following = ()
                 for i in tl.static_range(TAPS):
-                    end = tl.where(above + i < KH, height, 0)
+                    x = _wide(pixels[i])
+                    end = tl.where((above + i < KH) & (c < width), height, 0)
                     there = (row < last) & (r + i * DILATION >= 0) & (r + i * DILATION < end)
                     place = tl.cast(i * DILATION, tl.int64) * x_sh + tl.cast(c, tl.int64) * x_sw
-                    x = _wide(tl.load(x_row + place, mask=there[:, None] & mask_c, other=0.0))
+                    following += (tl.load(x_row + place, mask=there[:, None] & mask_c, other=0.0),)  # type: ignore[assignment]
                     for t in tl.static_range(KW):
                         sums += (acc[i * KW + t] + x * held[t],)  # type: ignore[assignment]
                 acc = sums
+                pixels = following
                 held = held[: KW - 1]
+    partial_ptr += split * (C * (KH * KW + 1))
     for i in tl.static_range(TAPS):
         for t in tl.static_range(KW):
-            place = ((split * C + ch) * KH + above + i) * KW + t
-            tl.store(dw_ptr + place, tl.sum(acc[i * KW + t], 0), mask=ch < tl.where(above + i < KH, C, 0))
+            place = (ch * KH + above + i) * KW + t
+            tl.store(partial_ptr + place, tl.sum(acc[i * KW + t], 0), mask=ch < tl.where(above + i < KH, C, 0))
     if above == 0:
-        tl.store(db_ptr + split * C + ch, tl.sum(total, 0), mask=ch < C)
+        tl.store(partial_ptr + C * KH * KW + ch, tl.sum(total, 0), mask=ch < C)
 
 
 @triton.jit
@@ -210,12 +231,12 @@ def _pointwise_kernel(
 
 @triton.jit
 def _pointwise_weight_kernel(
-    a_ptr, g_ptr, gate_ptr, dw_ptr, db_ptr, tiles, tiles_of_image, pixels, share,
+    a_ptr, g_ptr, gate_ptr, partial_ptr, tiles, tiles_of_image, pixels, share,
     a_sb, a_sc, a_sp, g_sb, g_sc, g_sp, gate_sb, gate_sc, gate_sp,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dw[split, co, ci] = sum of (g * gate)[p, co] * a[p, ci], db[split, co] = sum of (g * gate)[p, co]."""
+    """partial[split]: dw[co, ci] = sum of (g * gate)[p, co] * a[p, ci], then db[co] = sum of (g * gate)[p, co]."""
     split = tl.program_id(0)
     co = (tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO))[None, :]
     ci = (tl.program_id(2) * BLOCK_CI + tl.arange(0, BLOCK_CI))[None, :]
@@ -240,9 +261,10 @@ def _pointwise_weight_kernel(
         a = load(a_ptr + (b * a_sb + first * a_sp), a_offset, mask, UPCAST)
         acc += tl.dot(tl.trans(t), a, input_precision=PRECISION)
     co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    tl.store(dw_ptr + (split * C + co)[:, None] * C + ci, acc, mask=(co < C)[:, None] & (ci < C))
+    partial_ptr += split * (C * (C + 1))
+    tl.store(partial_ptr + co[:, None] * C + ci, acc, mask=(co < C)[:, None] & (ci < C))
     if tl.program_id(2) == 0:
-        tl.store(db_ptr + split * C + co, tl.sum(total, 0), mask=co < C)
+        tl.store(partial_ptr + C * C + co, tl.sum(total, 0), mask=co < C)
 
 
 def _launch(direction: str, x: Tensor, weight: Tensor, first: Config, run: Callable[[Config], None]) -> None:
@@ -274,7 +296,10 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, y:
     taps = _chunks(kh, _MOST_ROWS)
     lines = triton.cdiv(height, dilation)
     # a load costs about as much as the products of two taps
-    rows = min(range(1, _MOST_OUTPUTS + 1), key=lambda n: triton.cdiv(lines, n) * (2 * (n + taps - 1) + n * taps))
+    rows = min(
+        range(1, _MOST_OUTPUTS + 1),
+        key=lambda n: triton.cdiv(lines, n) * (2 * (n + taps - 1) + n * taps),
+    )
     groups = triton.cdiv(lines, rows) * dilation
 
     def run(config: Config) -> None:
@@ -302,19 +327,22 @@ def _depthwise_weight(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) ->
         block_p, block_c = max(1, config.tile // 16), block(channels, config.columns)
         blocks = triton.cdiv(channels, block_c)
         splits, share = _shares(batch * height, block_p, blocks * groups)
-        dw = torch.empty((splits, channels, kh * kw), dtype=torch.float32, device=x.device)
-        db = torch.empty((splits, channels), dtype=torch.float32, device=x.device)
+        partial = torch.empty((splits, channels * (kh * kw + 1)), dtype=torch.float32, device=x.device)
         _depthwise_weight_kernel[(splits, blocks, groups)](
-            x, grad, dw, db, batch * height, height, width, share, **_lines("x", x), **_lines("g", grad),
+            x, grad, partial, batch * height, height, width, share, **_lines("x", x), **_lines("g", grad),
             C=channels, KH=kh, KW=kw, DILATION=dilation, TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c,
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
-        torch.sum(dw, 0, out=total[0])
-        torch.sum(db, 0, out=total[1])
+        found.append(summed(partial, weight.dtype))
 
-    total = (x.new_empty((channels, kh * kw), dtype=torch.float32), x.new_empty(channels, dtype=torch.float32))
+    found: list[Tensor] = []
     _launch("depthwise_weight", x, weight, Config(16 * side, 64, 2, 1), run)
-    return total[0].view(weight.shape).to(weight.dtype), total[1].to(weight.dtype)
+    return _parted(found[-1], weight)
+
+
+def _parted(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a weight and of its bias, which follow one another, as tensors of their own."""
+    return gradient[: weight.numel()].view(weight.shape), gradient[weight.numel() :].clone()
 
 
 def _shares(count: int, step: int, programs: int) -> tuple[int, int]:
@@ -386,19 +414,17 @@ def _pointwise_weight(a: Tensor, grad: Tensor, gate: Tensor, weight: Tensor) -> 
         block_p, block_c = max(16, config.tile), block(channels, config.columns)
         blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(pixels, block_p)
         splits, share = _shares(batch * tiles, 1, blocks**2)
-        dw = torch.empty((splits, channels, channels), dtype=torch.float32, device=a.device)
-        db = torch.empty((splits, channels), dtype=torch.float32, device=a.device)
+        partial = torch.empty((splits, channels * (channels + 1)), dtype=torch.float32, device=a.device)
         _pointwise_weight_kernel[(splits, blocks, blocks)](
-            a, grad, gate, dw, db, batch * tiles, tiles, pixels, share, **strides,
+            a, grad, gate, partial, batch * tiles, tiles, pixels, share, **strides,
             C=channels, BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=block_c,
             WIDE=wide, UPCAST=upcast(a.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        torch.sum(dw, 0, out=total[0])
-        torch.sum(db, 0, out=total[1])
+        found.append(summed(partial, weight.dtype))
 
-    total = (a.new_empty((channels, channels), dtype=torch.float32), a.new_empty(channels, dtype=torch.float32))
+    found: list[Tensor] = []
     _launch("pointwise_weight", a, weight, Config(64, 64, 4, 2), run)
-    return total[0].view(weight.shape).to(weight.dtype), total[1].to(weight.dtype)
+    return _parted(found[-1], weight)
 
 
 def _regular(x: Tensor) -> Tensor:
