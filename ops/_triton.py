@@ -77,7 +77,7 @@ def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
     rows, size = partial.shape
     out = partial.new_empty(size, dtype=dtype)
     columns, at_once = (1024, 64) if INTERPRET else (32, 64)
-    _sum_kernel[(triton.cdiv(size, columns),)](partial, out, rows, size, BLOCK=columns, AT_ONCE=at_once)
+    launcher(_sum_kernel, (triton.cdiv(size, columns),))(partial, out, rows, size, BLOCK=columns, AT_ONCE=at_once)
     return out
 
 
@@ -103,7 +103,7 @@ class Like(NamedTuple):
 
 
 class Launch:
-    """A kernel with its grid and all of its arguments but some tensors, to be launched again and again on one device.
+    """A kernel with its grid, its options and all of its arguments but some tensors, for many launches on one device.
 
     Triton looks at every argument of a launch, of which some kernels have sixty. The compiled kernel that it chose
     depends on the types, on integers, which are the same every time, and on which pointers are multiples of 16 bytes:
@@ -111,11 +111,9 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, grid: Sequence[int], tensors: Sequence[str], *, num_warps: int = 4, num_stages: int = 2,
-        **fixed: Any,
+        self, kernel: Any, grid: Sequence[int], tensors: Sequence[str], **fixed: Any
     ) -> None:  # fmt: skip
         self._kernel, self._tensors, self._fixed = kernel, tuple(tensors), fixed
-        self._options = {"num_warps": num_warps, "num_stages": num_stages}
         self._grid = (*grid, 1, 1)[:3]
         self._arguments = [fixed.get(name) for name in kernel.arg_names]
         self._places = [kernel.arg_names.index(name) for name in self._tensors]
@@ -127,7 +125,7 @@ class Launch:
         known = self._compiled.get(aligned)
         if known is None:
             named = dict(zip(self._tensors, tensors, strict=True))
-            compiled = self._kernel[self._grid](**named, **self._fixed, **self._options)
+            compiled = self._kernel[self._grid](**named, **self._fixed)
             if hasattr(compiled, "packed_metadata"):  # neither the interpreter nor a stand-in
                 self._compiled[aligned] = compiled[self._grid]
             return
@@ -135,6 +133,34 @@ class Launch:
         for place, x in zip(self._places, tensors, strict=True):
             arguments[place] = x
         known(*arguments)
+
+
+_LAUNCHED: dict[tuple[Any, ...], Any] = {}
+_MOST_LAUNCHED = 4096
+
+
+def launcher(kernel: Any, grid: Sequence[int]) -> Callable[..., None]:
+    """kernel[grid], and sooner where it was launched with such arguments before.
+
+    What compiled kernel Triton takes depends on the types and on the integers, which are part of what is remembered
+    here, and on which pointers are multiples of 16 bytes.
+    """
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        values = [*args, *[kwargs[name] for name in kernel.arg_names[len(args) :]]]
+        seen = tuple([(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in values])
+        key = (id(kernel), grid, kwargs.get("num_warps"), kwargs.get("num_stages"), args[0].device, seen)
+        known = _LAUNCHED.get(key)
+        if known is not None:
+            known(*values)
+            return
+        compiled = kernel[grid](*args, **kwargs)
+        if hasattr(compiled, "packed_metadata"):  # neither the interpreter nor a stand-in
+            if len(_LAUNCHED) >= _MOST_LAUNCHED:
+                _LAUNCHED.clear()
+            _LAUNCHED[key] = compiled[(*grid, 1, 1)[:3]]
+
+    return launch
 
 
 def unit(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     "Axis",
     "AxisPlan",
     "AxisTables",
+    "Seen",
     "Lane",
     "axis_plan",
     "axis_tables",
@@ -26,6 +27,7 @@ __all__ = [
     "halo_axis",
     "neighborhood_axis",
     "partitions",
+    "seen_from",
     "window_axis",
 ]
 
@@ -55,11 +57,15 @@ class Axis:
     """One axis of the map: its length, the step between neighbours in a lane, and the lanes.
 
     The functions that make axes remember them, so equal axes are one object, which caches find without reading it.
+
+    rounded: the most keys that a query sees, if boxes are to have few sizes: dilated windows on a map that they do not
+        divide, where a box for every size of a lane would be a kernel for every size of map. Else 0.
     """
 
     length: int
     step: int
     lanes: tuple[Lane, ...]
+    rounded: int = 0
 
 
 @functools.cache
@@ -86,7 +92,7 @@ def neighborhood_axis(length: int, kernel: int, dilation: int, stride: int, caus
                 lo.append(min(max(leader - kernel // 2, 0), count - kernel))
                 hi.append(lo[-1] + kernel)
         lanes.append(Lane(phase, tuple(lo), tuple(hi), count))
-    return Axis(length, dilation, tuple(lanes))
+    return Axis(length, dilation, tuple(lanes), kernel if length % dilation else 0)
 
 
 @functools.cache
@@ -164,6 +170,10 @@ def axis_plan(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
             index = classes.setdefault(key, len(classes))
             tiles.append((lane.offset + a * axis.step, b - a, lane.offset + c0 * axis.step, c1 - c0, index))
             box = max(box, c1 - c0)
+    if axis.rounded:
+        full = tile + axis.rounded - 1  # what a tile inside a long lane sees
+        fewer = -(-3 * full // 4)
+        box = fewer if box <= fewer else max(box, full)
     return AxisPlan(tile, box, tuple(tiles), tuple(k[1] for k in classes), tuple(k[2] for k in classes))
 
 
@@ -244,3 +254,26 @@ def axis_tables(axis: Axis, tile: int, reverse: bool, device: torch.device) -> A
     packed = lasting(lambda: torch.tensor([x for part in aligned for x in part], dtype=torch.int32).to(device), device)
     tiles, spans_, members, order_ = packed.split([len(part) for part in aligned])
     return AxisTables(laid, tiles, spans_, members, order_, tuple(counts))
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Which tiles of queries see a key of an axis of one lane: of every key (first tile, tiles), int32; at most `most`.
+
+    Boxes follow one another as their tiles do, so these are a run.
+    """
+
+    table: Tensor
+    most: int
+
+
+@functools.cache  # as axis_tables
+def seen_from(axis: Axis, tile: int, device: torch.device) -> Seen:
+    """See Seen."""
+    (lane,) = axis.lanes
+    boxes = [(first, first + columns) for _, _, first, columns, _ in axis_plan(axis, tile, False).tiles]
+    starts, ends = [a for a, _ in boxes], [b for _, b in boxes]
+    runs = [(bisect_right(ends, key), bisect_right(starts, key)) for key in range(lane.keys)]
+    table = [x for a, b in runs for x in (a, b - a)]
+    made = lasting(lambda: torch.tensor(table, dtype=torch.int32).to(device), device)
+    return Seen(made, max(b - a for a, b in runs))

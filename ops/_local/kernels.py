@@ -13,16 +13,17 @@ import triton.language as tl
 from zoo.ops._triton import PRECISION, load
 
 __all__ = [
-    "bias_gradient_kernel", "bias_kernel", "columns_kernel", "fold_kernel", "forward_kernel", "rows_kernel",
-    "square_kernel", "table_kernel",
+    "bias_gradient_kernel", "bias_kernel", "boxes_kernel", "columns_kernel", "fold_kernel", "forward_kernel",
+    "rows_kernel", "square_kernel", "table_kernel",
 ]  # fmt: skip
 
 # What varies with the map and the batch must not compile anew.
 _MAP = [
     "batch", "q_height", "q_width", "k_height", "k_width", "n_tiles_w", "classes_w", "n_classes", "size_h", "size_w",
+    "q_step_h", "q_step_w", "k_step_h", "k_step_w",
 ]  # fmt: skip
 _TILED = [*_MAP, "groups", "images"]
-_SHARED = [*_MAP, "share"]
+_SHARED = [*_MAP, "n_tiles", "share"]
 
 
 @triton.jit
@@ -103,28 +104,28 @@ def _additive(
     return tl.where(seen, x, float("-inf"))
 
 
-@triton.jit(do_not_specialize=_MAP)
+@triton.jit(do_not_specialize=[*_MAP, "box_w", "columns"])
 def table_kernel(
-    bias_ptr, table_ptr, spans_h_ptr, spans_w_ptr, classes_w, n_classes, size_h, size_w,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BOX_W: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    bias_ptr, table_ptr, spans_h_ptr, spans_w_ptr, classes_w, n_classes, size_h, size_w, box_w, columns,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """table[head, class, row, column]: see _additive. A program writes a BLOCK of one class."""
-    blocks: tl.constexpr = BLOCK_M * COLUMNS // BLOCK
+    blocks = BLOCK_M * columns // BLOCK
     program = tl.program_id(0)
     kind = program // blocks % n_classes
     head = program // blocks // n_classes
     place = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    n = place % COLUMNS
+    n = place % columns
     lo_h, hi_h, lo_w, hi_w, from_h, from_w = _rule(
-        spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, place // COLUMNS, TILE_H, TILE_W
+        spans_h_ptr, spans_w_ptr, kind // classes_w, kind % classes_w, place // columns, TILE_H, TILE_W
     )
     x = _additive(
-        lo_h, hi_h, lo_w, hi_w, from_h, from_w, n // BOX_W, n % BOX_W, bias_ptr + head * size_h * size_w,
+        lo_h, hi_h, lo_w, hi_w, from_h, from_w, n // box_w, n % box_w, bias_ptr + head * size_h * size_w,
         size_h, size_w, BIAS, REVERSE,
     )  # fmt: skip
     tl.store(
-        table_ptr + tl.cast(head * n_classes + kind, tl.int64) * (BLOCK_M * COLUMNS) + place,
+        table_ptr + tl.cast(head * n_classes + kind, tl.int64) * (BLOCK_M * columns) + place,
         x.to(table_ptr.dtype.element_ty),
     )
 
@@ -154,15 +155,12 @@ def _segment(segment, members_h_ptr, members_w_ptr, classes_w, n_classes, batch,
 
 
 @triton.jit
-def _member(turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w):
-    """The tile of a class: pointers to its two rows of the axes' tables."""
+def _member(turn, kind, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w):
+    """A tile of a class: its numbers on both axes."""
     h = tl.load(members_h_ptr + kind // classes_w)
     w = tl.load(members_w_ptr + kind % classes_w)
     count_w = tl.load(members_w_ptr + kind % classes_w + 1) - w
-    return (
-        tiles_h_ptr + 5 * tl.load(order_h_ptr + h + turn // count_w),
-        tiles_w_ptr + 5 * tl.load(order_w_ptr + w + turn % count_w),
-    )
+    return tl.load(order_h_ptr + h + turn // count_w), tl.load(order_w_ptr + w + turn % count_w)
 
 
 @triton.jit
@@ -381,13 +379,13 @@ def forward_kernel(
 @triton.jit
 def _attend_backward(
     q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, start, first_h, first_w,
-    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+    step_h, step_w, height, width, k_sh, k_sw, v_sh, v_sw, scale, relative, parts,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    REL: tl.constexpr, BLOCK_W: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
+    REL: tl.constexpr, BLOCK_W: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """What one block of keys adds to dq and to the gradients of the relative logits."""
+    """What one block of keys adds to dq and to the gradients of the relative logits; its own gradients, if PARTS."""
     m = tl.arange(0, BLOCK_M)
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -416,16 +414,23 @@ def _attend_backward(
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if REL:
         drelative = tl.dot(ds.to(k.dtype), tl.trans(picks), drelative, input_precision=PRECISION)
+    if PARTS:
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION) * scale
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+        place = (n * (D + DV))[:, None]
+        held_by_box = (n < BOX_H * BOX_W)[:, None]
+        tl.store(parts + place + d[None, :], dk.to(parts.dtype.element_ty), mask=held_by_box & (d[None, :] < D))
+        tl.store(parts + place + (D + e)[None, :], dv.to(parts.dtype.element_ty), mask=held_by_box & (e[None, :] < DV))
     return dq, drelative, ds
 
 
 @triton.jit(do_not_specialize=_SHARED)
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drelative_ptr, partial_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, stats_ptr, dq_ptr, drelative_ptr, partial_ptr, parts_ptr, table_ptr,
     relative_ptr,
     bias_ptr, tiles_h_ptr, tiles_w_ptr, spans_h_ptr, spans_w_ptr, size_h, size_w,
     members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr,
-    batch, heads, q_height, q_width, k_height, k_width, classes_w, n_classes,
+    batch, heads, q_height, q_width, k_height, k_width, n_tiles_w, classes_w, n_classes, n_tiles,
     q_step_h, q_step_w, k_step_h, k_step_w,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
     dq_sb, dq_sh, dq_sw, dq_sn,
@@ -434,14 +439,16 @@ def rows_kernel(
     TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     REL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
-    QUERIES: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, CLASSES: tl.constexpr,
+    QUERIES: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, PARTS: tl.constexpr,
+    CLASSES: tl.constexpr,
     SAME_KV: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq, the stats that the other passes read, and sums for the bias and for relative positions; rows are queries.
 
     stats[query] = (log-sum-exp, delta = sum(o * do)). A program walks the images and tiles of its segment, a share of
     one class, in a fixed order: drelative[segment, head, axis, relative position], and partial[segment, head, row,
-    column], the sums of ds, if SUM_BIAS.
+    column], the sums of ds, if SUM_BIAS. parts[image, tile, head, column], if PARTS: the gradients of a key and a value
+    from the queries of one tile, for boxes_kernel.
     """
     segment = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -475,11 +482,9 @@ def rows_kernel(
             sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]
         rest = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
-        tile_h, tile_w = _member(
-            turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w
-        )
-        r0, rows_h, c0_h, class_h = _tile(tile_h)
-        s0, rows_w, c0_w, class_w = _tile(tile_w)
+        number_h, number_w = _member(turn, kind, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w)
+        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * number_h)
+        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * number_w)
         qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
         mask_q = valid_m[:, None] & (d[None, :] < D)
         mask_o = valid_m[:, None] & (e[None, :] < DV)
@@ -497,9 +502,14 @@ def rows_kernel(
             delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             # rows that are not there: p = exp2(-inf) = 0
             lse = tl.load(lse_ptr + b * map_size + position, mask=valid_m, other=float("inf"))
-            stats = stats_ptr + 2 * b * map_size + 2 * position
-            tl.store(stats, lse, mask=valid_m)
-            tl.store(stats + 1, delta, mask=valid_m)
+            parts = parts_ptr
+            if PARTS:
+                tile = tl.cast(number_h * n_tiles_w + number_w, tl.int64)
+                parts += ((b * n_tiles + tile) * heads + head) * (COLUMNS * (D + DV))
+            else:
+                stats = stats_ptr + 2 * b * map_size + 2 * position
+                tl.store(stats, lse, mask=valid_m)
+                tl.store(stats + 1, delta, mask=valid_m)
             if REL:
                 of_rows = _window_logits(q, embeddings_h, place_h, REL, BLOCK_W, BLOCK_R)
                 of_columns = _window_logits(q, embeddings_w, place_w, REL, BLOCK_W, BLOCK_R)
@@ -514,8 +524,8 @@ def rows_kernel(
                     dq, drelative, ds = _attend_backward(
                         q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, chunk * BLOCK_N,
                         c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                        SAME_KV, MASK, HALF, WIDE, UPCAST,
+                        parts, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE,
+                        BIAS, PARTS, SAME_KV, MASK, HALF, WIDE, UPCAST,
                     )  # fmt: skip
                     if SUM_BIAS:
                         added += (sums[chunk] + ds,)  # type: ignore[assignment]
@@ -526,15 +536,15 @@ def rows_kernel(
                     dq, drelative, ds = _attend_backward(
                         q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, chunk * BLOCK_N,
                         c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                        SAME_KV, MASK, HALF, WIDE, UPCAST,
+                        parts, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, BLOCK_N, COLUMNS, REL, BLOCK_W, TABLE,
+                        BIAS, PARTS, SAME_KV, MASK, HALF, WIDE, UPCAST,
                     )  # fmt: skip
             if TAIL > 0:
                 dq, drelative, ds = _attend_backward(
                     q, do, lse, delta, k_image, v_image, table, held, rule, bias, dq, drelative, CHUNKS * BLOCK_N,
-                    c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative,
+                    c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, k_sh, k_sw, v_sh, v_sw, scale, relative, parts,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BOX_H, BOX_W, TAIL, COLUMNS, REL, BLOCK_W, TABLE, BIAS,
-                    SAME_KV, MASK, HALF, WIDE, UPCAST,
+                    PARTS, SAME_KV, MASK, HALF, WIDE, UPCAST,
                 )  # fmt: skip
                 if SUM_BIAS:
                     rest += ds
@@ -559,6 +569,54 @@ def rows_kernel(
         out = (tl.cast(segment, tl.int64) * heads + head) * (2 * BLOCK_R * BLOCK_D)
         tl.store(drelative_ptr + out + place, total_h)
         tl.store(drelative_ptr + out + BLOCK_R * BLOCK_D + place, total_w)
+
+
+@triton.jit(do_not_specialize=[*_MAP, "n_tiles"])
+def boxes_kernel(
+    parts_ptr, dk_ptr, dv_ptr, tiles_h_ptr, tiles_w_ptr, seen_h_ptr, seen_w_ptr,
+    batch, heads, k_height, k_width, n_tiles_w, n_tiles, dk_sb, dk_sh, dk_sw, dk_sn, dv_sb, dv_sh, dv_sw, dv_sn,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BOX_W: tl.constexpr,
+    COLUMNS: tl.constexpr, MOST_H: tl.constexpr, MOST_W: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv: what the tiles whose boxes hold a key left for it in parts[image, tile, head, column], in their order.
+
+    seen[key position] = (first tile, tiles) of an axis. A program adds for BLOCK keys of one head of one image.
+    """
+    blocks = tl.cdiv(k_height * k_width, BLOCK)
+    head = tl.program_id(0) % heads
+    key = tl.program_id(0) // heads % blocks * BLOCK + tl.arange(0, BLOCK)
+    b = tl.cast(tl.program_id(0) // heads // blocks, tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    there = key < k_height * k_width
+    r = key // k_width
+    c = key % k_width
+    first_h = tl.load(seen_h_ptr + 2 * r, mask=there, other=0)
+    count_h = tl.load(seen_h_ptr + 2 * r + 1, mask=there, other=0)
+    first_w = tl.load(seen_w_ptr + 2 * c, mask=there, other=0)
+    count_w = tl.load(seen_w_ptr + 2 * c + 1, mask=there, other=0)
+    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
+    for i in tl.static_range(MOST_H):
+        for j in tl.static_range(MOST_W):
+            seen = there & (i < count_h) & (j < count_w)
+            row = tl.load(tiles_h_ptr + 5 * (first_h + i) + 2, mask=seen, other=0)
+            column = tl.load(tiles_w_ptr + 5 * (first_w + j) + 2, mask=seen, other=0)
+            tile = (first_h + i) * n_tiles_w + first_w + j
+            part = parts_ptr + ((b * n_tiles + tile) * heads + head) * (COLUMNS * (D + DV))
+            part += ((r - row) * BOX_W + c - column) * (D + DV)
+            dk += tl.load(part[:, None] + d[None, :], mask=seen[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+            dv += tl.load(
+                part[:, None] + (D + e)[None, :], mask=seen[:, None] & (e[None, :] < DV), other=0.0
+            ).to(tl.float32)  # fmt: skip
+    head64 = tl.cast(head, tl.int64)
+    if WIDE:
+        r = r.to(tl.int64)
+        c = c.to(tl.int64)
+    dk_place = dk_ptr + (b * dk_sb + head64 * dk_sn) + (r * dk_sh + c * dk_sw)[:, None] + d[None, :]
+    dv_place = dv_ptr + (b * dv_sb + head64 * dv_sn) + (r * dv_sh + c * dv_sw)[:, None] + e[None, :]
+    tl.store(dk_place, dk.to(dk_ptr.dtype.element_ty), mask=there[:, None] & (d[None, :] < D))
+    tl.store(dv_place, dv.to(dv_ptr.dtype.element_ty), mask=there[:, None] & (e[None, :] < DV))
 
 
 @triton.jit
@@ -731,13 +789,11 @@ def square_kernel(
     if BIAS:
         acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
-        tile_h, tile_w = _member(
-            turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w
-        )
-        r0, rows_h, c0_h, class_h = _tile(tile_h)
-        s0, rows_w, c0_w, class_w = _tile(tile_w)
-        columns_h = tl.load(tile_h + 3)
-        columns_w = tl.load(tile_w + 3)
+        number_h, number_w = _member(turn, kind, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w)
+        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * number_h)
+        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * number_w)
+        columns_h = tl.load(tiles_h_ptr + 5 * number_h + 3)
+        columns_w = tl.load(tiles_w_ptr + 5 * number_w + 3)
         qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
         kr, kc, inside, i, j = _columns(n, c0_h, c0_w, k_step_h, k_step_w, k_height, k_width, BOX_H, BOX_W, WIDE)
         inside &= (i < columns_h) & (j < columns_w)  # what else the box holds belongs to other tiles
@@ -822,11 +878,9 @@ def bias_gradient_kernel(
     map_size = tl.cast(q_height, tl.int64) * q_width * heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for turn in range(begin // batch, (end + batch - 1) // batch):  # tiles of the class
-        tile_h, tile_w = _member(
-            turn, kind, tiles_h_ptr, tiles_w_ptr, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w
-        )
-        r0, rows_h, c0_h, class_h = _tile(tile_h)
-        s0, rows_w, c0_w, class_w = _tile(tile_w)
+        number_h, number_w = _member(turn, kind, members_h_ptr, members_w_ptr, order_h_ptr, order_w_ptr, classes_w)
+        r0, rows_h, c0_h, class_h = _tile(tiles_h_ptr + 5 * number_h)
+        s0, rows_w, c0_w, class_w = _tile(tiles_w_ptr + 5 * number_w)
         qr, qc, valid_m = _rows(m, r0, s0, rows_h, rows_w, q_step_h, q_step_w, TILE_W, WIDE)
         position = (qr * q_width + qc) * heads + head
         q_offset = (qr * q_sh + qc * q_sw)[:, None] + d[None, :]

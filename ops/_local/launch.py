@@ -11,13 +11,14 @@ import triton
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, Launch, Like, fits_int32, unit, upcast
+from zoo.ops._triton import INTERPRET, Launch, Like, fits_int32, summed, unit, upcast
 from zoo.ops._tuning import Config
 
-from .geometry import Axis, AxisTables, axis_plan, axis_tables, partitions
+from .geometry import Axis, AxisTables, axis_plan, axis_tables, partitions, seen_from
 from .kernels import (
     bias_gradient_kernel,
     bias_kernel,
+    boxes_kernel,
     columns_kernel,
     fold_kernel,
     forward_kernel,
@@ -33,6 +34,7 @@ _SQUARE = 8  # side of a tile
 _MOST_UNROLLED = 8  # blocks of columns: their addresses are then computed once for all images, for some code
 _MOST_SUMMED = 256  # columns of a box for which rows_kernel sums the gradient of the bias: they must fit its registers
 _PROGRAMS = 2048  # what keeps a GPU busy
+_PART_BYTES = 256 * 2**20  # most that gradients of keys take, tile by tile; larger batches come in parts
 _TABLE_BYTES = 64 * 2**20  # most that a table of additive terms takes; beyond, kernels compute them again and again
 
 
@@ -234,7 +236,8 @@ class _Table:
             )
             self._fill = Launch(
                 table_kernel, (heads * layout.classes * (size // block),), ("bias_ptr", "table_ptr"),
-                size_h=size_h, size_w=size_w, **named, BLOCK=block, BIAS=bias is not None, REVERSE=layout.reverse,
+                size_h=size_h, size_w=size_w, **named, box_w=layout.arguments["BOX_W"],
+                columns=layout.columns, BLOCK=block, BIAS=bias is not None, REVERSE=layout.reverse,
             )  # fmt: skip
 
     def make(self, q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -496,10 +499,22 @@ def local_backward(
         return Gradients(
             dq.zero_(), dk.zero_(), dv.zero_(), None if dbias is None else dbias.zero_(), (drel[0], drel[1])
         )
+    most = _most_images(q, v, height, width, relative)
+    if most < q.shape[0]:
+        for start in range(0, q.shape[0], most):
+            some = slice(start, start + most)
+            found = local_backward(
+                grad[some], q[some], k[some], v[some], bias, out[some], lse[some], height, width, scale, relative, mask,
+                (dq[some], dk[some], dv[some]), kind=kind,
+            )  # fmt: skip
+            for target, part in zip(drel, found.relative, strict=True):
+                if target is not None and part is not None:
+                    target += part
+        return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
     call = _Backward(
         Like.of(q), Like.of(k), Like.of(v), Like.of(grad), Like.of(dq), Like.of(dk), Like.of(dv),
         None if bias is None else Like.of(bias), height, width, scale, None if relative is None else relative.extent,
-        mask,
+        mask, None if relative is None else relative.block,
     )  # fmt: skip
     embeddings = _embeddings(relative, q)
 
@@ -508,10 +523,16 @@ def local_backward(
         of_bias, table = plan.table.make(q, bias)
         sums = lse.new_empty(plan.sums)
         partial = lse.new_empty(plan.partial)
-        plan.kernel(q, k, v, out, grad, lse, stats, dq, sums, partial, embeddings, of_bias, table)
-        for axis, target in enumerate(drel):
-            if target is not None:
-                target.copy_(sums[:, :, axis, : target.shape[0], : target.shape[1]].sum((0, 1)))
+        parts = q.new_empty(plan.parts)
+        plan.kernel(q, k, v, out, grad, lse, stats, dq, sums, partial, parts, embeddings, of_bias, table)
+        if plan.add is not None:
+            plan.add(parts, dk, dv)
+        left[:] = [] if plan.add is not None else [columns]
+        if call.extent is not None:
+            total = summed(sums.flatten(0, 1).flatten(1), torch.float32).view(plan.sums[2:])
+            for of_axis, target in zip(total, drel, strict=True):
+                if target is not None:
+                    target.copy_(of_axis[: target.shape[0], : target.shape[1]])
         if dbias is None:
             return
         for kernel, shape, fold in plan.bias:
@@ -540,9 +561,21 @@ def local_backward(
         launch("square", configs["square"], square)
     else:
         stats = lse.new_empty(*lse.shape, 2)  # log-sum-exp, and sum(out * grad)
+        left: list[Any] = []
         launch("rows", configs["rows"], rows)
-        launch("columns", configs["columns"], columns)
+        for run in left:
+            launch("columns", configs["columns"], run)
     return Gradients(dq, dk, dv, dbias, (drel[0], drel[1]))
+
+
+def _most_images(q: Tensor, v: Tensor, height: Axis, width: Axis, relative: Relative | None) -> int:
+    """Images of which the gradients of keys, tile by tile, stay within bounds."""
+    if relative is None:
+        return q.shape[0]
+    blocks = math.prod(-(-axis.length // relative.block) for axis in (height, width))
+    window = triton.next_power_of_2(relative.block + 2 * relative.halo) ** 2
+    image = blocks * q.shape[3] * window * (q.shape[4] + v.shape[4]) * q.element_size()
+    return max(1, _PART_BYTES // image)
 
 
 class _Backward(NamedTuple):
@@ -561,6 +594,7 @@ class _Backward(NamedTuple):
     scale: float
     extent: Extent | None
     mask: bool
+    block: int | None
 
     @property
     def batch(self) -> int:
@@ -584,7 +618,8 @@ class _Sums(NamedTuple):
     """A kernel that leaves partial sums: its table, and for the gradient of the bias, columns by columns, the kernel
     that makes partial sums of this shape (None where the kernel itself does) and what adds them.
 
-    sums, partial: shapes of what the kernel writes for the embeddings and for the bias.
+    sums, partial, parts: shapes of what the kernel writes for the embeddings, for the bias, and for keys and values.
+    add: adds the parts of keys and values; None where another pass makes their gradients.
     """
 
     table: _Table
@@ -592,6 +627,8 @@ class _Sums(NamedTuple):
     sums: tuple[int, ...]
     partial: tuple[int, ...]
     bias: tuple[tuple[Launch | None, tuple[int, ...], "_Fold"], ...]
+    parts: tuple[int, ...] = (1,)
+    add: Launch | None = None
 
 
 @_memo
@@ -618,18 +655,20 @@ def _rows_plan(config: Config, call: _Backward) -> _Sums:
     unroll = _unroll(layout, call.q)
     has_bias, heads, extent = call.bias is not None, call.heads, call.extent
     summed = has_bias and unroll and layout.columns <= _MOST_SUMMED
+    whole = _one_tile_each(layout, call)
     most = (_partials(call.q.device) if summed or extent is not None else _PROGRAMS) // heads
     share, segments = _segments(layout, call.batch, most)
     kernel = Launch(
         rows_kernel, (segments * heads,),
         (
-            *_MAPS, "o_ptr", "do_ptr", "lse_ptr", "stats_ptr", "dq_ptr", "drelative_ptr", "partial_ptr", "relative_ptr",
-            *_TABLES,
+            *_MAPS, "o_ptr", "do_ptr", "lse_ptr", "stats_ptr", "dq_ptr", "drelative_ptr", "partial_ptr", "parts_ptr",
+            "relative_ptr", *_TABLES,
         ),
         **_relative_arguments(extent), **table.arguments,
-        **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, *_OF_MEMBERS), **call.shapes(),
+        **layout.some(*_OF_TILES, *_OF_SPANS, *_OF_BLOCKS, *_OF_MEMBERS, "n_tiles_w"), **call.shapes(),
         **_stride_arguments(q=call.q, k=call.k, v=call.v, do=call.grad, dq=call.dq), share=share, UNROLL=unroll,
-        SUM_BIAS=summed, MASK=call.mask, SAME_KV=_same(call.k, call.v), **call.numerics(),
+        SUM_BIAS=summed, PARTS=whole, n_tiles=layout.tiles, MASK=call.mask, SAME_KV=_same(call.k, call.v),
+        **call.numerics(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     sums = (
@@ -641,7 +680,35 @@ def _rows_plan(config: Config, call: _Backward) -> _Sums:
         bias = ((None, partial, _Fold(layout, partial, call, share, 0)),)
     elif has_bias:
         bias = tuple(_bias_gradient(layout, config, table, call))
-    return _Sums(table, kernel, sums, partial, bias)
+    if not whole:
+        return _Sums(table, kernel, sums, partial, bias)
+    parts = (call.batch, layout.tiles, heads, layout.columns, call.q.shape[-1] + call.v.shape[-1])
+    return _Sums(table, kernel, sums, partial, bias, parts, _adder(layout, call))
+
+
+def _adder(layout: _Layout, call: _Backward) -> Launch:
+    """Adds what the tiles left for the keys of their boxes."""
+    seen = [
+        seen_from(axis, side, call.q.device) for axis, side in zip((call.height, call.width), layout.tile, strict=True)
+    ]
+    shapes = call.shapes()
+    block = 1024 if INTERPRET else 64
+    keys = triton.cdiv(shapes["k_height"] * shapes["k_width"], block)
+    return Launch(
+        boxes_kernel, (keys * call.batch * call.heads,), ("parts_ptr", "dk_ptr", "dv_ptr"),
+        seen_h_ptr=seen[0].table, seen_w_ptr=seen[1].table, MOST_H=seen[0].most, MOST_W=seen[1].most, BLOCK=block,
+        **layout.some("tiles_h_ptr", "tiles_w_ptr", "n_tiles_w", "BOX_W", "COLUMNS"), n_tiles=layout.tiles,
+        **{name: shapes[name] for name in ("batch", "heads", "k_height", "k_width", "D", "DV", "BLOCK_D", "BLOCK_DV")},
+        **_stride_arguments(dk=call.dk, dv=call.dv), WIDE=call.numerics()["WIDE"],
+    )  # fmt: skip
+
+
+def _one_tile_each(layout: _Layout, call: _Backward) -> bool:
+    """Whether every block of keys has its queries in one tile, which then knows all that they do to its box."""
+    if call.block is None:
+        return False
+    blocks = (-(-axis.length // call.block) for axis in (call.height, call.width))
+    return math.prod(blocks) == layout.tiles
 
 
 @_memo

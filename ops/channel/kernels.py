@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import PRECISION, load, unit, upcast
+from zoo.ops._triton import PRECISION, launcher, load, unit, upcast
 from zoo.ops._tuning import Config
 
 __all__ = ["channel_backward_triton", "channel_forward_triton"]
@@ -129,14 +129,14 @@ def _map(a: Tensor, b: Tensor, scale: float, maps: Tensor | None = None) -> Tens
     partial = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=a.device)
 
     def run(config: Config) -> None:
-        _product_kernel[(heads * batch, splits)](
+        launcher(_product_kernel, (heads * batch, splits))(
             a, b, partial, tokens, heads, share, **_strides("a", a), **_strides("b", b), **_common(config, a, b)
         )
 
     _launch("product", a, 64, run)
     out = torch.empty((batch, heads, dim, dim), dtype=torch.float32, device=a.device)
     block_d = max(16, triton.next_power_of_2(dim))
-    _map_kernel[(batch * heads,)](
+    launcher(_map_kernel, (batch * heads,))(
         partial, out if maps is None else maps, out, splits, scale,
         D=dim, BLOCK_D=block_d, GRADIENT=maps is not None, num_warps=4 if block_d <= 64 else 8,
     )  # fmt: skip
@@ -149,7 +149,7 @@ def _apply(x: Tensor, maps: Tensor, out: Tensor, transpose: bool) -> None:
 
     def run(config: Config) -> None:
         common = _common(config, x, out)
-        _apply_kernel[(heads * triton.cdiv(tokens, common["BLOCK_N"]) * batch,)](
+        launcher(_apply_kernel, (heads * triton.cdiv(tokens, common["BLOCK_N"]) * batch,))(
             x, maps, out, tokens, heads, 1 if transpose else dim, dim if transpose else 1,
             **_strides("x", x), **_strides("out", out), **common,
         )  # fmt: skip

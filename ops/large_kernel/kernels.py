@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, PRECISION, block, load, summed, upcast
+from zoo.ops._triton import INTERPRET, PRECISION, block, launcher, load, summed, upcast
 from zoo.ops._tuning import Config
 
 __all__ = ["large_kernel_attention_backward_triton", "large_kernel_attention_triton"]
 
 _MOST_ROWS = 7  # kernel rows whose weights a thread holds at once
-_MOST_OUTPUTS = 10  # of a column that a thread sums at once
+_OUTPUTS = (1, 2, 3, 5, 7, 10)  # of a column that a thread sums at once; each is a kernel of its own
+_LONG = 64  # lines from which on the choice makes little difference
 _MOST_TAPS = 56  # taps whose gradients a thread sums at once
 _MOST_PROGRAMS = 1024  # of a weight gradient: each writes its own partial sums
 
@@ -33,10 +34,10 @@ def _wide(x):
     return x.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips", "height", "width"])
 def _depthwise_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, strips, height, width, x_sb, x_sh, x_sw, y_sb, y_sh, y_sw,
-    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, strips, height, width, channels, x_sb, x_sh, x_sw, y_sb, y_sh, y_sw,
+    EVEN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, BIAS: tl.constexpr,
     FLIP: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y[p, c] = bias[c] + sum over taps of w[tap, c] * x[p + tap, c]; FLIP gives the transposed convolution.
@@ -44,7 +45,6 @@ def _depthwise_kernel(
     A strip is ROWS outputs, DILATION apart, of one column of one image. TAPS: kernel rows held at once.
     """
     CHUNKS: tl.constexpr = (KH + TAPS - 1) // TAPS
-    EVEN: tl.constexpr = C % BLOCK_C == 0
     strip = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     group = tl.program_id(1)
     top = group // DILATION * (ROWS * DILATION) + group % DILATION
@@ -55,25 +55,25 @@ def _depthwise_kernel(
     base = x_ptr + ((b * x_sb + w.to(tl.int64) * x_sw)[:, None] + ch)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     if BIAS:
-        first = tl.load(bias_ptr + ch, mask=None if EVEN else ch < C).to(tl.float32)
+        first = tl.load(bias_ptr + ch, mask=None if EVEN else ch < channels).to(tl.float32)
     acc = (first,) * ROWS
     for step in range(KW * CHUNKS):
         kw = step % KW if CHUNKS > 1 else step
         above = step // KW * TAPS if CHUNKS > 1 else 0
         shift = (kw - KW // 2) * DILATION
         inside = ((strip < strips) & (w + shift >= 0) & (w + shift < width))[:, None]
-        inside = tl.broadcast_to(inside, [BLOCK_P, BLOCK_C]) if EVEN else inside & (ch < C)
+        inside = tl.broadcast_to(inside, [BLOCK_P, BLOCK_C]) if EVEN else inside & (ch < channels)
         column = base + tl.cast(shift, tl.int64) * x_sw
         taps = ()
         for i in tl.static_range(TAPS):
             tap = (above + i) * KW + kw
-            where = (KH * KW - 1 - tap if FLIP else tap) * C + ch
+            where = (KH * KW - 1 - tap if FLIP else tap) * channels + ch
             if CHUNKS * TAPS > KH:
-                taps += (tl.load(w_ptr + where, mask=ch < tl.where(above + i < KH, C, 0), other=0.0),)  # type: ignore[assignment]
+                taps += (tl.load(w_ptr + where, mask=ch < tl.where(above + i < KH, channels, 0), other=0.0),)  # type: ignore[assignment]
             elif EVEN:
                 taps += (tl.load(w_ptr + where),)  # type: ignore[assignment]
             else:
-                taps += (tl.load(w_ptr + where, mask=ch < C, other=0.0),)  # type: ignore[assignment]
+                taps += (tl.load(w_ptr + where, mask=ch < channels, other=0.0),)  # type: ignore[assignment]
         pixels = ()  # all of a column, so that its loads are under way together
         for i in tl.static_range(ROWS + TAPS - 1):
             row = top + (above + i - KH // 2) * DILATION
@@ -94,24 +94,23 @@ def _depthwise_kernel(
     if EVEN:
         inside = tl.broadcast_to((strip < strips)[:, None], [BLOCK_P, BLOCK_C])
     else:
-        inside = (strip < strips)[:, None] & (ch < C)
+        inside = (strip < strips)[:, None] & (ch < channels)
     for j in tl.static_range(ROWS):
         row = top + j * DILATION
         if row < height:
             tl.store(out + tl.cast(row, tl.int64) * y_sh, acc[j].to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "height", "width", "share"])
 def _depthwise_weight_kernel(
-    x_ptr, g_ptr, partial_ptr, rows, height, width, share, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw,
-    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
+    x_ptr, g_ptr, partial_ptr, rows, height, width, channels, share, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw,
+    EVEN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partial[split]: dw[c, tap], then db[c], summed over a share of all rows: BLOCK_P rows at a time, from the left.
 
     TAPS kernel rows are summed by a program. A pixel of x meets the KW pixels of the gradient that are held.
     """
-    EVEN: tl.constexpr = C % BLOCK_C == 0
     HALF: tl.constexpr = KW // 2
     split = tl.program_id(0)
     ch = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -124,7 +123,7 @@ def _depthwise_weight_kernel(
         row = start + tl.arange(0, BLOCK_P)
         b = (row // height).to(tl.int64)
         h = (row % height).to(tl.int64)
-        mask_c = (ch >= 0 if EVEN else ch < C)[None, :]
+        mask_c = (ch >= 0 if EVEN else ch < channels)[None, :]
         r = h + (above - KH // 2) * DILATION
         g_row = g_ptr + ((b * g_sb + h * g_sh)[:, None] + ch[None, :])
         x_row = x_ptr + ((b * x_sb + r * x_sh)[:, None] + ch[None, :])
@@ -169,16 +168,16 @@ def _depthwise_weight_kernel(
                 acc = sums
                 pixels = following
                 held = held[: KW - 1]
-    partial_ptr += split * (C * (KH * KW + 1))
+    partial_ptr += split * (channels * (KH * KW + 1))
     for i in tl.static_range(TAPS):
         for t in tl.static_range(KW):
             place = (ch * KH + above + i) * KW + t
-            tl.store(partial_ptr + place, tl.sum(acc[i * KW + t], 0), mask=ch < tl.where(above + i < KH, C, 0))
+            tl.store(partial_ptr + place, tl.sum(acc[i * KW + t], 0), mask=ch < tl.where(above + i < KH, channels, 0))
     if above == 0:
-        tl.store(partial_ptr + C * KH * KW + ch, tl.sum(total, 0), mask=ch < C)
+        tl.store(partial_ptr + channels * KH * KW + ch, tl.sum(total, 0), mask=ch < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _pointwise_kernel(
     a_ptr, gate_ptr, w_ptr, bias_ptr, out_gate_ptr, add_ptr, y_ptr, pixels,
     a_sb, a_sc, a_sp, gate_sb, gate_sc, gate_sp, out_gate_sb, out_gate_sc, out_gate_sp, add_sb, add_sc, add_sp,
@@ -229,7 +228,7 @@ def _pointwise_kernel(
     tl.store(y_ptr + (b * y_sb + first * y_sp) + (p * y_sp + co * y_sc), acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tiles_of_image", "pixels", "share"])
 def _pointwise_weight_kernel(
     a_ptr, g_ptr, gate_ptr, partial_ptr, tiles, tiles_of_image, pixels, share,
     a_sb, a_sc, a_sp, g_sb, g_sc, g_sp, gate_sb, gate_sc, gate_sp,
@@ -296,18 +295,17 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, y:
     taps = _chunks(kh, _MOST_ROWS)
     lines = triton.cdiv(height, dilation)
     # a load costs about as much as the products of two taps
-    rows = min(
-        range(1, _MOST_OUTPUTS + 1),
-        key=lambda n: triton.cdiv(lines, n) * (2 * (n + taps - 1) + n * taps),
-    )
+    outputs = _OUTPUTS if lines <= _LONG else _OUTPUTS[-1:]
+    rows = min(outputs, key=lambda n: triton.cdiv(lines, n) * (2 * (n + taps - 1) + n * taps))
     groups = triton.cdiv(lines, rows) * dilation
 
     def run(config: Config) -> None:
         block_p, block_c = max(1, config.tile // 8), block(channels, config.columns)
-        _depthwise_kernel[(triton.cdiv(batch * width, block_p), groups, triton.cdiv(channels, block_c))](
-            x, table, x if bias is None else bias, y, batch * width, height, width, **_lines("x", x), **_lines("y", y),
-            C=channels, KH=kh, KW=kw, DILATION=dilation, BIAS=bias is not None, FLIP=flip, ROWS=rows, TAPS=taps,
-            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=config.warps, num_stages=1,
+        launcher(_depthwise_kernel, (triton.cdiv(batch * width, block_p), groups, triton.cdiv(channels, block_c)))(
+            x, table, x if bias is None else bias, y, batch * width, height, width, channels,
+            **_lines("x", x), **_lines("y", y), EVEN=channels % block_c == 0, KH=kh, KW=kw, DILATION=dilation,
+            BIAS=bias is not None, FLIP=flip, ROWS=rows, TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c,
+            num_warps=config.warps, num_stages=1,
         )  # fmt: skip
 
     _launch("depthwise", x, weight, Config(64, 64, 2, 1), run)
@@ -328,9 +326,9 @@ def _depthwise_weight(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) ->
         blocks = triton.cdiv(channels, block_c)
         splits, share = _shares(batch * height, block_p, blocks * groups)
         partial = torch.empty((splits, channels * (kh * kw + 1)), dtype=torch.float32, device=x.device)
-        _depthwise_weight_kernel[(splits, blocks, groups)](
-            x, grad, partial, batch * height, height, width, share, **_lines("x", x), **_lines("g", grad),
-            C=channels, KH=kh, KW=kw, DILATION=dilation, TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c,
+        launcher(_depthwise_weight_kernel, (splits, blocks, groups))(
+            x, grad, partial, batch * height, height, width, channels, share, **_lines("x", x), **_lines("g", grad),
+            EVEN=channels % block_c == 0, KH=kh, KW=kw, DILATION=dilation, TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c,
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
         found.append(summed(partial, weight.dtype))
@@ -394,7 +392,7 @@ def _pointwise(
 
     def run(config: Config) -> None:
         block_p, block_c = max(16, config.tile), block(channels, config.columns)
-        _pointwise_kernel[(triton.cdiv(pixels, block_p) * batch, triton.cdiv(channels, block_c))](
+        launcher(_pointwise_kernel, (triton.cdiv(pixels, block_p) * batch, triton.cdiv(channels, block_c)))(
             a, a if gate is None else gate, matrix, a if bias is None else bias, a if out_gate is None else out_gate,
             a if add is None else add, y, pixels, **strides, w_in=w_in, w_out=w_out,
             C=channels, GATE=gate is not None, BIAS=bias is not None, OUT_GATE=out_gate is not None,
@@ -415,7 +413,7 @@ def _pointwise_weight(a: Tensor, grad: Tensor, gate: Tensor, weight: Tensor) -> 
         blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(pixels, block_p)
         splits, share = _shares(batch * tiles, 1, blocks**2)
         partial = torch.empty((splits, channels * (channels + 1)), dtype=torch.float32, device=a.device)
-        _pointwise_weight_kernel[(splits, blocks, blocks)](
+        launcher(_pointwise_weight_kernel, (splits, blocks, blocks))(
             a, grad, gate, partial, batch * tiles, tiles, pixels, share, **strides,
             C=channels, BLOCK_P=block_p, BLOCK_CO=block_c, BLOCK_CI=block_c,
             WIDE=wide, UPCAST=upcast(a.dtype), num_warps=config.warps, num_stages=config.stages,

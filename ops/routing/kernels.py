@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import INTERPRET, LOG2E, PRECISION, block, fits_int32, load, unit, upcast
+from zoo.ops._triton import INTERPRET, LOG2E, PRECISION, block, fits_int32, launcher, load, unit, upcast
 from zoo.ops._tuning import Config
 
 from .layout import Pair, grid_size, key_region_size
@@ -24,15 +24,20 @@ __all__ = ["routing_backward_triton", "routing_forward_triton", "routing_index_t
 
 _FEW_TOKENS = 16  # a dense tile gives every region this many places at most
 _MOST_SORTED = 512  # regions that one program ranks at most
+_SIDES = (1, 2, 4, 8)  # of square regions that kernels are compiled for; others are numbers, which costs divisions
 _TINY_SCALE = 1e-6  # below it the table's logarithms, which are divided by the scale, would lose to -1e30
 
 
+# What varies with the map must not compile anew.
+_MAP = ["regions", "height", "width", "k_height", "k_width", "cols", "rh", "rw", "kh", "kw", "tiles"]
+
+
 @triton.jit
-def _place(region, token, height, width, COLS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, WIDE: tl.constexpr):
+def _place(region, token, height, width, cols, rh, rw, WIDE: tl.constexpr):
     """Map position of a region's token, and whether it is on the map, as no token of a region too many is."""
-    r = region // COLS * RH + token // RW
-    c = region % COLS * RW + token % RW
-    inside = (token < RH * RW) & (r < height) & (c < width)
+    r = region // cols * rh + token // rw
+    c = region % cols * rw + token % rw
+    inside = (token < rh * rw) & (r < height) & (c < width)
     if WIDE:
         r = r.to(tl.int64)
         c = c.to(tl.int64)
@@ -67,12 +72,12 @@ def _store(ptr, offsets, x, inside, d, D: tl.constexpr):
 
 
 @triton.jit
-def _program(regions, HEADS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr):
+def _program(regions, tiles, HEADS: tl.constexpr, DENSE: tl.constexpr):
     """Head, tile, region and image of a program; heads are neighbours in memory, so they run side by side."""
     program = tl.program_id(0)
     head = tl.cast(program % HEADS, tl.int64)
-    tile = program // HEADS % TILES
-    group = program // HEADS // TILES
+    tile = program // HEADS % tiles
+    group = program // HEADS // tiles
     if DENSE:
         region = 0
         b = group
@@ -95,24 +100,26 @@ def _picks(index_ptr, n, entries, regions):
 
 
 @triton.jit
-def _listed(list_ptr, start, n, count, regions, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Regions and tokens at start + n of a list of `count` regions, and which of them the list has."""
-    if TOKENS % BLOCK == 0:
-        region = tl.load(list_ptr + start // TOKENS).to(tl.int32)
-        token = start % TOKENS + n
+def _listed(list_ptr, start, n, count, regions, tokens, WHOLE: tl.constexpr):
+    """Regions and tokens at start + n of a list of `count` regions, and which of them the list has.
+
+    WHOLE: a region has whole blocks of tokens.
+    """
+    if WHOLE:
+        region = tl.load(list_ptr + start // tokens).to(tl.int32)
+        token = start % tokens + n
         there = n >= 0
     else:
         j = start + n
-        there = j < count * TOKENS
-        region = tl.load(list_ptr + j // TOKENS, mask=there, other=0).to(tl.int32)
-        token = j % TOKENS
+        there = j < count * tokens
+        region = tl.load(list_ptr + j // tokens, mask=there, other=0).to(tl.int32)
+        token = j % tokens
     return _nearest(region, regions), token, there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["regions", "height", "width", "cols", "rh", "rw"])
 def _mean_kernel(
-    x_ptr, mean_ptr, regions, channels, height, width, x_sb, x_sh, x_sw, x_sn,
-    COLS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, D: tl.constexpr,
+    x_ptr, mean_ptr, regions, channels, height, width, cols, rh, rw, x_sb, x_sh, x_sw, x_sn, D: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Mean over the tokens of a region inside the map, of a block of the channels of all heads."""
@@ -123,8 +130,8 @@ def _mean_kernel(
     offset = c // D * x_sn + c % D
     total = tl.zeros([BLOCK_T, BLOCK], tl.float32)
     count = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, RH * RW, BLOCK_T):
-        r, w, inside = _place(tl.program_id(0) % regions, start + t, height, width, COLS, RH, RW, WIDE)
+    for start in range(0, rh * rw, BLOCK_T):
+        r, w, inside = _place(tl.program_id(0) % regions, start + t, height, width, cols, rh, rw, WIDE)
         x = tl.load(
             x_ptr + (r * x_sh + w * x_sw)[:, None] + offset[None, :],
             mask=inside[:, None] & (c[None, :] < channels),
@@ -136,7 +143,7 @@ def _mean_kernel(
     tl.store(mean_ptr + group * channels + c, mean, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["regions"])
 def _nearest_kernel(
     q_ptr, k_ptr, index_ptr, regions, channels,
     TOPK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -167,7 +174,7 @@ def _nearest_kernel(
         rank = tl.where(rank == best[:, None], -9223372036854775808, rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["regions", "blocks"])
 def _table_kernel(
     index_ptr, table_ptr, regions, blocks, unscale, TOPK: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
@@ -189,7 +196,7 @@ def _table_kernel(
             value = value - stored.to(tl.float32) if part == 0 else value * 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["regions"])
 def _pickers_kernel(index_ptr, starts_ptr, pickers_ptr, regions, TOPK: tl.constexpr, BLOCK: tl.constexpr):
     """The places of a region in its image's index, in order, behind those of the lower regions."""
     b = tl.cast(tl.program_id(0) // regions, tl.int64)
@@ -211,28 +218,30 @@ def _pickers_kernel(index_ptr, starts_ptr, pickers_ptr, regions, TOPK: tl.conste
     tl.store(starts_ptr + b * (regions + 1), 0, mask=region == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, table_ptr, o_ptr, lse_ptr,
-    regions, height, width, k_height, k_width, scale,
+    regions, height, width, k_height, k_width, cols, rh, rw, kh, kw, tiles, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
-    HEADS: tl.constexpr, TOPK: tl.constexpr, COLS: tl.constexpr,
-    RH: tl.constexpr, RW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    HEADS: tl.constexpr, TOPK: tl.constexpr, COLS: tl.constexpr, SIDE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_LIST: tl.constexpr, FILLED: tl.constexpr,
     EVEN: tl.constexpr, DENSE: tl.constexpr, FLIP: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     UPCAST_TABLE: tl.constexpr,
 ):  # fmt: skip
-    ALL: tl.constexpr = EVEN and not DENSE and TOPK * KH * KW % BLOCK_N == 0
-    head, tile, region, b = _program(regions, HEADS, TILES, DENSE)
+    ALL: tl.constexpr = EVEN and not DENSE and WHOLE_LIST
+    if SIDE > 0:
+        cols, rh, rw, kh, kw = COLS, SIDE, SIDE, SIDE, SIDE
+    head, tile, region, b = _program(regions, tiles, HEADS, DENSE)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
     token = m
     if DENSE:
-        region = m // (RH * RW)
-        token = m % (RH * RW)
+        region = m // (rh * rw)
+        token = m % (rh * rw)
         row = tl.minimum(region, regions - 1)
         w = tl.arange(0, WIDTH)
         spread = (w[:, None] % (BLOCK_N // PLACES) == n[None, :] // PLACES) & (w[:, None] < 2 * (BLOCK_N // PLACES))
@@ -241,8 +250,8 @@ def _forward_kernel(
         steps = blocks * BLOCK_N
     else:
         index_ptr += (b * regions + region) * TOPK
-        steps = TOPK * KH * KW
-    qr, qc, valid = _place(region, token, height, width, COLS, RH, RW, WIDE)
+        steps = TOPK * kh * kw
+    qr, qc, valid = _place(region, token, height, width, cols, rh, rw, WIDE)
     q = _vectors(q_ptr + b * q_sb + head * q_sn, qr * q_sh + qc * q_sw, valid, d, D, False, UPCAST)
     if FLIP:
         q = -q
@@ -255,20 +264,20 @@ def _forward_kernel(
         if DENSE:
             picked = start // PLACES + n // PLACES
             place = n % PLACES
-            there = place < KH * KW
+            there = place < kh * kw
         else:
-            picked, place, there = _listed(index_ptr, start, n, TOPK, regions, KH * KW, BLOCK_N)
-        kr, kc, inside = _place(picked, place, k_height, k_width, COLS, KH, KW, WIDE)
+            picked, place, there = _listed(index_ptr, start, n, TOPK, regions, kh * kw, WHOLE)
+        kr, kc, inside = _place(picked, place, k_height, k_width, cols, kh, kw, WIDE)
         k = _vectors(k_ptr, kr * k_sh + kc * k_sw, inside & there, d, D, ALL, UPCAST)
         if DENSE:
             t = _vectors(table_ptr, (row * blocks + start // BLOCK_N) * WIDTH, row, w, WIDTH, True, UPCAST_TABLE)
             s = tl.dot(t, spread.to(t.dtype), input_precision=PRECISION)
             s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-            if PLACES != KH * KW:
+            if not FILLED:
                 s = tl.where(there[None, :], s, float("-inf"))
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if TOPK * KH * KW % BLOCK_N != 0:
+            if not WHOLE_LIST:
                 s = tl.where(there[None, :], s, float("-inf"))
         if DENSE:  # a product that is fused with the difference is not zero for two equal logits of -1e30
             new_top = tl.maximum(top, tl.max(s, 1))
@@ -290,28 +299,30 @@ def _forward_kernel(
     tl.store(lse_ptr + (qr * width + qc) * HEADS, (top + tl.log2(total)) * 0.6931471805599453, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, table_ptr, o_ptr, do_ptr, lse_ptr, rows_ptr, dq_ptr,
-    regions, height, width, k_height, k_width, scale, factor,
+    regions, height, width, k_height, k_width, cols, rh, rw, kh, kw, tiles, scale, factor,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
-    HEADS: tl.constexpr, TOPK: tl.constexpr, COLS: tl.constexpr,
-    RH: tl.constexpr, RW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    HEADS: tl.constexpr, TOPK: tl.constexpr, COLS: tl.constexpr, SIDE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_LIST: tl.constexpr, FILLED: tl.constexpr,
     EVEN: tl.constexpr, DENSE: tl.constexpr, FLIP: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     UPCAST_TABLE: tl.constexpr,
 ):  # fmt: skip
-    ALL: tl.constexpr = EVEN and not DENSE and TOPK * KH * KW % BLOCK_N == 0
-    head, tile, region, b = _program(regions, HEADS, TILES, DENSE)
+    ALL: tl.constexpr = EVEN and not DENSE and WHOLE_LIST
+    if SIDE > 0:
+        cols, rh, rw, kh, kw = COLS, SIDE, SIDE, SIDE, SIDE
+    head, tile, region, b = _program(regions, tiles, HEADS, DENSE)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
     token = m
     if DENSE:
-        region = m // (RH * RW)
-        token = m % (RH * RW)
+        region = m // (rh * rw)
+        token = m % (rh * rw)
         row = tl.minimum(region, regions - 1)
         w = tl.arange(0, WIDTH)
         spread = (w[:, None] % (BLOCK_N // PLACES) == n[None, :] // PLACES) & (w[:, None] < 2 * (BLOCK_N // PLACES))
@@ -320,8 +331,8 @@ def _dq_kernel(
         steps = blocks * BLOCK_N
     else:
         index_ptr += (b * regions + region) * TOPK
-        steps = TOPK * KH * KW
-    qr, qc, valid = _place(region, token, height, width, COLS, RH, RW, WIDE)
+        steps = TOPK * kh * kw
+    qr, qc, valid = _place(region, token, height, width, cols, rh, rw, WIDE)
     q = _vectors(q_ptr + b * q_sb + head * q_sn, qr * q_sh + qc * q_sw, valid, d, D, False, UPCAST)
     if FLIP:
         q = -q
@@ -334,10 +345,10 @@ def _dq_kernel(
     if DENSE:
         kept = region < regions
     else:
-        kept = token < RH * RW
-    rows_ptr += ((b * HEADS + head) * 2 * regions + (0 if DENSE else region)) * (RH * RW)
+        kept = token < rh * rw
+    rows_ptr += ((b * HEADS + head) * 2 * regions + (0 if DENSE else region)) * (rh * rw)
     tl.store(rows_ptr + m, lse, mask=kept)
-    tl.store(rows_ptr + regions * (RH * RW) + m, delta, mask=kept)
+    tl.store(rows_ptr + regions * (rh * rw) + m, delta, mask=kept)
     k_ptr += b * k_sb + head * k_sn
     v_ptr += b * v_sb + head * v_sn
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -345,10 +356,10 @@ def _dq_kernel(
         if DENSE:
             picked = start // PLACES + n // PLACES
             place = n % PLACES
-            there = place < KH * KW
+            there = place < kh * kw
         else:
-            picked, place, there = _listed(index_ptr, start, n, TOPK, regions, KH * KW, BLOCK_N)
-        kr, kc, inside = _place(picked, place, k_height, k_width, COLS, KH, KW, WIDE)
+            picked, place, there = _listed(index_ptr, start, n, TOPK, regions, kh * kw, WHOLE)
+        kr, kc, inside = _place(picked, place, k_height, k_width, cols, kh, kw, WIDE)
         k = _vectors(k_ptr, kr * k_sh + kc * k_sw, inside & there, d, D, ALL, UPCAST)
         v = _vectors(v_ptr, kr * v_sh + kc * v_sw, inside & there, e, DV, ALL, UPCAST)
         if DENSE:
@@ -358,7 +369,7 @@ def _dq_kernel(
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(s * scale - lse[:, None])
-        if (DENSE and PLACES != KH * KW) or (not DENSE and TOPK * KH * KW % BLOCK_N != 0):
+        if (DENSE and not FILLED) or (not DENSE and not WHOLE_LIST):
             p = tl.where(there[None, :], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -366,20 +377,22 @@ def _dq_kernel(
     _store(dq_ptr + image * D, position * (HEADS * D), dq * factor, valid, d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, starts_ptr, pickers_ptr, table_ptr, do_ptr, rows_ptr, dk_ptr, dv_ptr,
-    regions, height, width, k_height, k_width, scale, factor,
+    regions, height, width, k_height, k_width, cols, rh, rw, kh, kw, tiles, scale, factor,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, do_sb, do_sh, do_sw, do_sn,
-    HEADS: tl.constexpr, TOPK: tl.constexpr, COLS: tl.constexpr,
-    RH: tl.constexpr, RW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    HEADS: tl.constexpr, TOPK: tl.constexpr, COLS: tl.constexpr, SIDE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_LIST: tl.constexpr, FILLED: tl.constexpr,
     EVEN: tl.constexpr, DENSE: tl.constexpr, FLIP: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     UPCAST_TABLE: tl.constexpr,
 ):  # fmt: skip
-    ALL: tl.constexpr = EVEN and not DENSE and RH * RW % BLOCK_N == 0
-    head, tile, region, b = _program(regions, HEADS, TILES, DENSE)
+    ALL: tl.constexpr = EVEN and not DENSE and WHOLE
+    if SIDE > 0:
+        cols, rh, rw, kh, kw = COLS, SIDE, SIDE, SIDE, SIDE
+    head, tile, region, b = _program(regions, tiles, HEADS, DENSE)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -391,32 +404,32 @@ def _dkv_kernel(
         w = tl.arange(0, WIDTH)
         i = tl.arange(0, BLOCK_M)
         spread = (w[None, :] % (BLOCK_M // PLACES) == i[:, None] // PLACES) & (w[None, :] < 2 * (BLOCK_M // PLACES))
-        table_ptr += (b * regions * TILES + tile) * WIDTH
-        steps = regions * (RH * RW)
+        table_ptr += (b * regions * tiles + tile) * WIDTH
+        steps = regions * (rh * rw)
     else:
         starts_ptr += b * (regions + 1) + region
         first = tl.load(starts_ptr)
         count = tl.load(starts_ptr + 1) - first
         pickers_ptr += b * regions * TOPK + first
-        steps = count * (RH * RW)
-    kr, kc, valid = _place(region, token, k_height, k_width, COLS, KH, KW, WIDE)
+        steps = count * (rh * rw)
+    kr, kc, valid = _place(region, token, k_height, k_width, cols, kh, kw, WIDE)
     k = _vectors(k_ptr + b * k_sb + head * k_sn, kr * k_sh + kc * k_sw, valid, d, D, False, UPCAST)
     if FLIP:
         k = -k
     v = _vectors(v_ptr + b * v_sb + head * v_sn, kr * v_sh + kc * v_sw, valid, e, DV, False, UPCAST)
     q_ptr += b * q_sb + head * q_sn
     do_ptr += b * do_sb + head * do_sn
-    rows_ptr += (b * HEADS + head) * 2 * regions * (RH * RW)
+    rows_ptr += (b * HEADS + head) * 2 * regions * (rh * rw)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(0, steps, BLOCK_N):
         if DENSE:
-            picker = (start + n) // (RH * RW)
-            place = (start + n) % (RH * RW)
+            picker = (start + n) // (rh * rw)
+            place = (start + n) % (rh * rw)
             there = n >= 0
         else:
-            picker, place, there = _listed(pickers_ptr, start, n, count, regions, RH * RW, BLOCK_N)
-        qr, qc, inside = _place(picker, place, height, width, COLS, RH, RW, WIDE)
+            picker, place, there = _listed(pickers_ptr, start, n, count, regions, rh * rw, WHOLE)
+        qr, qc, inside = _place(picker, place, height, width, cols, rh, rw, WIDE)
         inside &= there
         q = _vectors(q_ptr, qr * q_sh + qc * q_sw, inside, d, D, ALL, UPCAST)
         do = _vectors(do_ptr, qr * do_sh + qc * do_sw, inside, e, DV, ALL, UPCAST)
@@ -424,16 +437,16 @@ def _dkv_kernel(
             row = start + n
             there = row < steps
         else:
-            row = picker * (RH * RW) + place
-        if not DENSE and RH * RW % BLOCK_N == 0:
+            row = picker * (rh * rw) + place
+        if not DENSE and WHOLE:
             lse = tl.load(rows_ptr + row)
-            delta = tl.load(rows_ptr + regions * (RH * RW) + row)
+            delta = tl.load(rows_ptr + regions * (rh * rw) + row)
         else:
             lse = tl.load(rows_ptr + row, mask=there, other=float("inf"))
-            delta = tl.load(rows_ptr + regions * (RH * RW) + row, mask=there, other=0.0)
+            delta = tl.load(rows_ptr + regions * (rh * rw) + row, mask=there, other=0.0)
         if DENSE:
             t = _vectors(
-                table_ptr, tl.minimum(picker, regions - 1) * (TILES * WIDTH), row, w, WIDTH, True, UPCAST_TABLE
+                table_ptr, tl.minimum(picker, regions - 1) * (tiles * WIDTH), row, w, WIDTH, True, UPCAST_TABLE
             )
             s = tl.dot(spread.to(t.dtype), tl.trans(t), input_precision=PRECISION)
             s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)
@@ -498,6 +511,8 @@ def _common(
         for a, s in zip("bhwn", x.stride(), strict=False)
     }
     maps = ((q, region), (k, key_region))
+    places = _power(key_region[0] * key_region[1]) if dense else 16
+    side = region[0] if len({*region, *key_region}) == 1 and region[0] in _SIDES else 0
     return {
         "regions": rows * cols,
         "height": q.shape[1],
@@ -507,16 +522,19 @@ def _common(
         "scale": max(abs(scale) * LOG2E, 1e-30),  # the sign is FLIP's; 0 would turn -inf into NaN
         "HEADS": q.shape[3],
         "TOPK": index.shape[2],
-        "COLS": cols,
-        "RH": region[0],
-        "RW": region[1],
-        "KH": key_region[0],
-        "KW": key_region[1],
+        "cols": cols,
+        "rh": region[0],
+        "rw": region[1],
+        "kh": key_region[0],
+        "kw": key_region[1],
+        "COLS": cols if side else 0,
+        "SIDE": side,
         "D": q.shape[4],
         "DV": v.shape[4],
         "BLOCK_D": max(16, _power(q.shape[4])),
         "BLOCK_DV": max(16, _power(v.shape[4])),
-        "PLACES": _power(key_region[0] * key_region[1]),
+        "PLACES": places,
+        "FILLED": places == key_region[0] * key_region[1],
         "EVEN": all(x.shape[1] % r[0] == 0 and x.shape[2] % r[1] == 0 for x, r in maps),
         "DENSE": dense,
         "FLIP": scale < 0,
@@ -533,7 +551,7 @@ def _table(index: Tensor, dtype: torch.dtype, scale: float, count: int) -> tuple
     width, blocks = max(16, 2 * count), triton.cdiv(regions, count)
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16  # -1e30 is beyond float16
     table = torch.empty(batch, regions, blocks, width, dtype=dtype, device=index.device)
-    _table_kernel[(batch * regions,)](
+    launcher(_table_kernel, (batch * regions,))(
         index, table, regions, blocks, 1 / scale, TOPK=topk, WIDTH=width, COUNT=count, BLOCK_T=_power(topk), BLOCK=64,
         num_warps=1,
     )  # fmt: skip
@@ -557,13 +575,13 @@ def routing_index_triton(q: Tensor, k: Tensor, region: Pair, topk: int) -> Tenso
     for x in (unit(q), unit(k)):
         mean = torch.empty(batch, regions, channels, dtype=torch.float32, device=q.device)
         size = min(128, _power(channels))
-        _mean_kernel[(batch * regions, triton.cdiv(channels, size))](
-            x, mean, regions, channels, x.shape[1], x.shape[2], *x.stride()[:4], COLS=cols, RH=region[0], RW=region[1],
+        launcher(_mean_kernel, (batch * regions, triton.cdiv(channels, size)))(
+            x, mean, regions, channels, x.shape[1], x.shape[2], cols, *region, *x.stride()[:4],
             D=x.shape[4], BLOCK_T=min(16, _power(region[0] * region[1])), BLOCK=size, WIDE=not fits_int32(x),
             num_warps=1,
         )  # fmt: skip
         means.append(mean)
-    _nearest_kernel[(batch * triton.cdiv(regions, 16),)](
+    launcher(_nearest_kernel, (batch * triton.cdiv(regions, 16),))(
         *means, index, regions, channels, TOPK=topk, BLOCK_M=16, BLOCK_R=max(16, _power(regions)), BLOCK_C=32,
         num_warps=4 if regions <= 128 else 8,
     )  # fmt: skip
@@ -576,7 +594,7 @@ def _pickers(index: Tensor) -> tuple[Tensor, Tensor]:
     starts = torch.empty(batch, regions + 1, dtype=torch.int32, device=index.device)
     pickers = torch.empty(batch, regions * topk, dtype=torch.int32, device=index.device)
     size = min(1024, _power(regions * topk))
-    _pickers_kernel[(batch * regions,)](index, starts, pickers, regions, TOPK=topk, BLOCK=size, num_warps=1)
+    launcher(_pickers_kernel, (batch * regions,))(index, starts, pickers, regions, TOPK=topk, BLOCK=size, num_warps=1)
     return starts, pickers
 
 
@@ -600,9 +618,10 @@ def routing_forward_triton(
         tiles = triton.cdiv(rows, block_m)
         block_n = max(places, block(regions * places, config.columns)) if dense else block(topk * keys, config.columns)
         table, table_width = _table(index, q.dtype, common["scale"], block_n // places) if dense else (lse, 16)
-        _forward_kernel[(batch * (1 if dense else regions) * tiles * q.shape[3],)](
-            q, k, v, index, table, out, lse, **common, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
-            WIDTH=table_width, num_warps=config.warps, num_stages=config.stages,
+        launcher(_forward_kernel, (batch * (1 if dense else regions) * tiles * q.shape[3],))(
+            q, k, v, index, table, out, lse, **common, BLOCK_M=block_m, BLOCK_N=block_n, tiles=tiles,
+            WIDTH=table_width, WHOLE=keys % block_n == 0, WHOLE_LIST=topk * keys % block_n == 0,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     heuristic = _configs(regions * tokens, 32, 1, 128) if dense else _configs(tokens, 64, 2)
@@ -642,9 +661,10 @@ def routing_backward_triton(
         tiles = triton.cdiv(queries, block_m)
         block_n = max(places, block(regions * places, config.columns)) if dense else block(topk * keys, config.columns)
         table, table_width = _table(index, q.dtype, common["scale"], block_n // places) if dense else (lse, 16)
-        _dq_kernel[(batch * (1 if dense else regions) * tiles * q.shape[3],)](
-            q, k, v, index, table, out, grad, lse, per_row, dq, **common, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
-            WIDTH=table_width, num_warps=config.warps, num_stages=config.stages,
+        launcher(_dq_kernel, (batch * (1 if dense else regions) * tiles * q.shape[3],))(
+            q, k, v, index, table, out, grad, lse, per_row, dq, **common, BLOCK_M=block_m, BLOCK_N=block_n, tiles=tiles,
+            WIDTH=table_width, WHOLE=keys % block_n == 0, WHOLE_LIST=topk * keys % block_n == 0,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     heuristic = _configs(regions * tokens, 32, 1, 128) if dense else _configs(tokens, 64, 1)
@@ -655,10 +675,11 @@ def routing_backward_triton(
         slots = regions * places if dense else keys
         block_m = max(places, block(slots, config.tile)) if dense else block(slots, config.tile)
         tiles = triton.cdiv(slots, block_m)
+        block_n = block(regions * tokens, config.columns)
         table, table_width = _table(index, q.dtype, common["scale"], block_m // places) if dense else (lse, 16)
-        _dkv_kernel[(batch * (1 if dense else regions) * tiles * q.shape[3],)](
+        launcher(_dkv_kernel, (batch * (1 if dense else regions) * tiles * q.shape[3],))(
             q, k, v, starts, pickers, table, grad, per_row, dk, dv, **common, BLOCK_M=block_m,
-            BLOCK_N=block(regions * tokens, config.columns), TILES=tiles, WIDTH=table_width,
+            BLOCK_N=block_n, tiles=tiles, WIDTH=table_width, WHOLE=tokens % block_n == 0, WHOLE_LIST=False,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 

@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops import _tuning as tuning
-from zoo.ops._triton import PRECISION, block, fits_int32, load, unit, upcast
+from zoo.ops._triton import PRECISION, block, fits_int32, launcher, load, unit, upcast
 from zoo.ops._tuning import Config
 
 from .reference import EPS
 
 __all__ = ["mapping_backward_triton", "mapping_triton", "sampling_backward_triton", "sampling_triton"]
 
+_MAP = ["height", "width", "rows", "cols"]  # what varies with the map must not compile anew
 _TILE = 4  # tokens along a side of what one program of the aggregate kernel gathers: 16, the rows of a product
 
 
@@ -41,7 +42,7 @@ def _pixels(cell_r, cell_c, p, height, width, TH: tl.constexpr, TW: tl.constexpr
     return r, c, in_cell, in_cell & (r < height) & (c < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _affinity_kernel(
     x_ptr, tokens_ptr, out_ptr, height, width, rows, cols, scale,
     x_sb, x_sh, x_sw, t_sb, t_sh, t_sw,
@@ -78,7 +79,7 @@ def _affinity_kernel(
     tl.store(out_ptr + b * height * width * 9 + out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _mean_kernel(
     x_ptr, out_ptr, height, width, rows, cols, x_sb, x_sh, x_sw,
     C: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -100,7 +101,7 @@ def _mean_kernel(
     tl.store(out_ptr + place * C + ch, mean.to(out_ptr.dtype.element_ty), mask=ch < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _aggregate_kernel(
     x_ptr, affinity_ptr, out_ptr, mass_ptr, height, width, rows, cols, eps, x_sb, x_sh, x_sw,
     C: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, TILE: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -158,7 +159,7 @@ def _aggregate_kernel(
     tl.store(out_ptr + place[:, None] * C + ch, acc.to(out_ptr.dtype.element_ty), mask=on_map[:, None] & (ch < C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_MAP)
 def _spread_kernel(
     tokens_ptr, affinity_ptr, mass_ptr, out_ptr, height, width, rows, cols, t_sb, t_sh, t_sw,
     C: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -221,7 +222,7 @@ def _affinity(x: Tensor, tokens: Tensor, out: Tensor, th: int, tw: int, scale: f
     def run(config: Config) -> None:
         common = _common(x, th, tw, config, tokens)
         grid = (common["rows"] * common["cols"] * x.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
-        _affinity_kernel[grid](
+        launcher(_affinity_kernel, grid)(
             x, tokens, out, scale=scale, **_strides("x", x), **_strides("t", tokens), **common, SOFTMAX=softmax
         )
 
@@ -232,7 +233,7 @@ def _mean(x: Tensor, out: Tensor, th: int, tw: int) -> None:
     def run(config: Config) -> None:
         common = _common(x, th, tw, config)
         grid = (common["rows"] * common["cols"] * x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))
-        _mean_kernel[grid](x, out, **_strides("x", x), **common)
+        launcher(_mean_kernel, grid)(x, out, **_strides("x", x), **common)
 
     _launch("mean", x, th, tw, run)
 
@@ -241,7 +242,7 @@ def _aggregate(x: Tensor, affinity: Tensor, out: Tensor, mass: Tensor | None, th
     def run(config: Config) -> None:
         common = _common(x, th, tw, config)
         tiles = triton.cdiv(common["rows"], _TILE) * triton.cdiv(common["cols"], _TILE)
-        _aggregate_kernel[(tiles * x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"]))](
+        launcher(_aggregate_kernel, (tiles * x.shape[0], triton.cdiv(x.shape[3], common["BLOCK_C"])))(
             x, affinity, out, x if mass is None else mass, eps=EPS, **_strides("x", x), **common,
             TILE=_TILE, NORMALIZE=mass is not None,
         )  # fmt: skip
@@ -253,7 +254,7 @@ def _spread(tokens: Tensor, affinity: Tensor, mass: Tensor | None, out: Tensor, 
     def run(config: Config) -> None:
         common = _common(out, th, tw, config, tokens)
         grid = (common["rows"] * common["cols"] * out.shape[0], triton.cdiv(th * tw, common["BLOCK_P"]))
-        _spread_kernel[grid](
+        launcher(_spread_kernel, grid)(
             tokens, affinity, tokens if mass is None else mass, out,
             **_strides("t", tokens), **common, DIVIDE=mass is not None,
         )  # fmt: skip
