@@ -5,7 +5,7 @@ numpy, and so is not counted). The limits are those that the READMEs of the ops 
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,14 @@ from zoo.ops._local import launch
 from zoo.ops.large_kernel import kernels as large_kernel_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it counts what the interpreter's run allocates")
+
+
+@pytest.fixture(autouse=True)
+def _other_plans() -> Iterator[None]:
+    """Plans are kept, and these tests change what they are made by."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
 
 
 def peak_extra_memory(function: Callable[[], Any]) -> int:
@@ -88,6 +96,7 @@ GROWTH: dict[str, tuple[Callable[[int], Case], float, float]] = {
 def test_growth_per_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and what the op's README names; the number of keys that a query sees is no factor of it."""
     monkeypatch.setattr(launch, "_PARTIALS", 1)  # the tables of partial sums are at their limit with one image
+    monkeypatch.setattr(launch, "_PART_BYTES", 1)  # and so are the gradients of keys tile by tile
     monkeypatch.setattr(launch, "_at_once", lambda device: 1)
     monkeypatch.setattr(large_kernel_kernels, "_MOST_PROGRAMS", 1)
     call, forward, backward = GROWTH[name]
@@ -112,5 +121,18 @@ def test_partial_sums_of_the_bias_gradient_have_a_limit(monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "_at_once", lambda device: 1)
     for splits in (1, 2, 4):
         monkeypatch.setattr(launch, "_PARTIALS", splits)
+        launch.forget_plans()
         found[splits] = peaks(neighborhood((8, 8), 3, batch=4))[1]
     assert found[4] - found[2] == 2 * (found[2] - found[1]) == 2 * 64 * 64 * 4
+
+
+def test_gradients_of_keys_tile_by_tile_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most as many images at once as fit."""
+    call = halo((8, 8), 4, 1, batch=6, dim=16)
+    image = 4 * 8**2 * 2 * 16 * 4  # tiles, a window rounded up, both gradients, float32
+    found = {}
+    for images in (1, 2, 3):
+        monkeypatch.setattr(launch, "_PART_BYTES", images * image)
+        found[images] = peaks(call)[1]
+    assert 0.4 * image < found[2] - found[1] <= 1.1 * image
+    assert 0.4 * image < found[3] - found[2] <= 1.1 * image
