@@ -58,8 +58,8 @@ class Axis:
 
     The functions that make axes remember them, so equal axes are one object, which caches find without reading it.
 
-    rounded: the most keys that a query sees, if boxes are to have few sizes: dilated windows on a map that they do not
-        divide, where a box for every size of a lane would be a kernel for every size of map. Else 0.
+    rounded: the most keys that a query sees, if boxes are to have few sizes: those of dilated windows, where a box for
+        every size of a lane would be a kernel for every size of map. Else 0.
     """
 
     length: int
@@ -92,7 +92,7 @@ def neighborhood_axis(length: int, kernel: int, dilation: int, stride: int, caus
                 lo.append(min(max(leader - kernel // 2, 0), count - kernel))
                 hi.append(lo[-1] + kernel)
         lanes.append(Lane(phase, tuple(lo), tuple(hi), count))
-    return Axis(length, dilation, tuple(lanes), kernel if length % dilation else 0)
+    return Axis(length, dilation, tuple(lanes), kernel if dilation > 1 else 0)
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def axis_plan(axis: Axis, tile: int, reverse: bool) -> AxisPlan:
             index = classes.setdefault(key, len(classes))
             tiles.append((lane.offset + a * axis.step, b - a, lane.offset + c0 * axis.step, c1 - c0, index))
             box = max(box, c1 - c0)
-    if axis.rounded:
+    if axis.rounded and (box > tile or axis.length % axis.step):  # lanes of one tile are what models are made for
         full = tile + axis.rounded - 1  # what a tile inside a long lane sees
         fewer = -(-3 * full // 4)
         box = fewer if box <= fewer else max(box, full)
