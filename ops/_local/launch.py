@@ -224,16 +224,8 @@ class _Table:
             size = layout.block_m * layout.columns
             block = min(1024, size & -size)
             named = layout.some(
-                "spans_h_ptr",
-                "spans_w_ptr",
-                "classes_w",
-                "n_classes",
-                "TILE_H",
-                "TILE_W",
-                "BOX_W",
-                "BLOCK_M",
-                "COLUMNS",
-            )
+                "spans_h_ptr", "spans_w_ptr", "classes_w", "n_classes", "TILE_H", "TILE_W", "BLOCK_M"
+            )  # fmt: skip
             self._fill = Launch(
                 table_kernel, (heads * layout.classes * (size // block),), ("bias_ptr", "table_ptr"),
                 size_h=size_h, size_w=size_w, **named, box_w=layout.arguments["BOX_W"],

@@ -95,23 +95,23 @@ def test_no_gpu_says_why() -> None:
     assert "the tensors are on the CPU" in done.stdout
 
 
-@pytest.mark.parametrize("target", [("90", "bfloat16")], ids="-".join)
-def test_compiles_for_a_gpu_that_is_not_there(target: tuple[str, str]) -> None:
-    _compile(*target)
+def test_compiles_for_a_gpu_that_is_not_there() -> None:
+    _compile("sm_90", "bfloat16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", [("80", "float16"), ("90", "float32"), ("86", "bfloat16"), ("80", "float32")], ids="-".join
-)
-def test_compiles_for_more_gpus(target: tuple[str, str]) -> None:
-    _compile(*target)
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"])
+def test_compiles_for_more_gpus(target: str, dtype: str) -> None:
+    """No kernel spills more than a KiB; what one asks for beyond the GPU's shared memory has a smaller form."""
+    _compile(target, dtype)
 
 
-def _compile(capability: str, dtype: str) -> None:
+def _compile(target: str, dtype: str) -> None:
     support = ROOT / "tests" / "support"
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{support}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-W", "ignore", str(support / "compile_kernels.py"), capability, dtype]
+    command = [sys.executable, "-W", "ignore", str(support / "compile_kernels.py"), target, dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TOO MUCH" not in done.stdout, done.stdout

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 import zoo.ops
@@ -55,17 +56,40 @@ def _compile(fn: Any, target: GPUTarget, args: Any, kwargs: dict[str, Any]) -> A
     return triton.compile(source, target=target, options=options)
 
 
+class Target(NamedTuple):
+    """A GPU to compile for, and the bytes of shared memory that a block may have there."""
+
+    gpu: GPUTarget
+    shared: int
+
+
+TARGETS = {
+    **{
+        f"sm_{capability}": Target(GPUTarget("cuda", capability, 32), kib * 1024)
+        for capability, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
+    },
+    **{name: Target(GPUTarget("hip", name, 64), 64 * 1024) for name in ("gfx90a", "gfx942")},
+}
+
+
 @contextmanager
-def compile_only(capability: int = 90) -> Iterator[Compiled]:
+def compile_only(target: str = "sm_90") -> Iterator[Compiled]:
     """Inside the block kernels are compiled when they are launched, and not run; ops take their Triton path on a CPU.
 
-    What the ops return is whatever their memory held.
+    What the ops return is whatever their memory held. A kernel that asks for more shared memory than there is is
+    refused as a GPU refuses it, so that the launchers' next configuration is compiled.
     """
     compiled = Compiled()
-    target = GPUTarget("cuda", capability, 32)
+    gpu, shared = TARGETS[target]
 
     def launcher(kernel: Any, grid: Any) -> Any:
-        return lambda *args, **kwargs: compiled.append((kernel, _compile(kernel, target, args, kwargs)))
+        def launch(*args: Any, **kwargs: Any) -> None:
+            binary = _compile(kernel, gpu, args, kwargs)
+            if binary.metadata.shared > shared:
+                raise OutOfResources(binary.metadata.shared, shared, "shared memory")
+            compiled.append((kernel, binary))
+
+        return launch
 
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),

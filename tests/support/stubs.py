@@ -16,6 +16,8 @@ from triton.runtime.jit import JITFunction
 
 __all__ = ["Launches", "launched"]
 
+_OPTIONS = ("num_warps", "num_stages")
+
 
 @dataclass
 class Launches:
@@ -36,7 +38,7 @@ def _variant(names: list[str], constant: set[str], free: set[str], args: Any, kw
     found: list[Any] = []
     for name in sorted(bound):
         x = bound[name]
-        if name in constant or name.startswith("num_"):
+        if name in constant or name in _OPTIONS:
             found.append((name, x))
         elif isinstance(x, Tensor):
             found.append((name, x.dtype, x.data_ptr() % 16 == 0))
@@ -56,6 +58,8 @@ def launched() -> Iterator[Launches]:
         names, constant, free = _parameters(kernel)
 
         def run(*args: Any, **kwargs: Any) -> None:
+            given = [*names[: len(args)], *kwargs]  # the interpreter would drop what the kernel does not take
+            assert sorted(n for n in given if n not in _OPTIONS) == sorted(names), set(given) ^ set(names)
             name = f"{kernel.fn.__module__}.{kernel.fn.__name__}".removeprefix("zoo.ops.")
             launches.grids[name].append(tuple(grid))
             launches.tensors[name] += [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
