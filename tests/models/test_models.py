@@ -89,7 +89,8 @@ def test_parameter_names(name: str) -> None:
         scheme = r"(stem|stages\.\d+\.\d+|final_conv|head\.fc)\."
     else:
         scheme = (
-            r"(stem|stages\.\d+\.(downsample|blocks\.\d+|norm|out_norm)|norm|head\.(norm|proj|pre_logits\.fc|fc))\."
+            r"(stem|stages\.\d+\.(downsample|blocks\.\d+|norm|out_norm)|norm"
+            r"|head\.(norm|proj|class_block|pre_logits\.fc|fc|aux))\."
         )
         assert not any(k.startswith("stages.0.downsample.") for k in model.state_dict())
     assert [k for k in model.state_dict() if not re.match(scheme, k)] == []

@@ -46,6 +46,8 @@ class Family:
         facts: of that model's class.
         detection: the overrides that make it a detector's backbone; none for a model without levels.
         slow: whether its recording takes the interpreter more than half a minute.
+        kernels: whether it calls an op of `zoo.ops`; others run on PyTorch's own operators.
+        blocks: for a model of one resolution, the blocks whose outputs were recorded as stages.
     """
 
     file: str
@@ -56,6 +58,8 @@ class Family:
     facts: Facts = field(default_factory=Facts)
     detection: str | None = None
     slow: bool = False
+    kernels: bool = True
+    blocks: list[int] | None = None
 
 
 _HEADS = {"num_heads": (1, 2, 2, 4)}
@@ -103,6 +107,7 @@ FAMILIES: dict[str, Family] = {
         smallest="dinat_isotropic_small",
         facts=Facts(no_decay=(".rpb",)),
         slow=True,
+        blocks=[2, 5, 8, 11],
     ),
     "maxvit": Family(
         "maxvit",
@@ -180,6 +185,44 @@ FAMILIES: dict[str, Family] = {
         detection=f"stvit_small {_SHALLOW}",
         slow=True,
     ),
+    "spectformer": Family(
+        "spectformer",
+        Small(
+            "spectformer_s",
+            (72, 56),
+            {
+                "img_size": 96,
+                "stem_hidden_dim": 8,
+                "embed_dims": (16, 16, 32, 32),
+                "mlp_ratios": (2, 2, 2, 2),
+                **_HEADS,
+                **_NARROW,
+            },
+        ),
+        Recorded("spectformer/spectformer_s.224x224", "spectformer_s"),
+        smallest="spectformer_s",
+        detection=f"spectformer_s {_SHALLOW}",
+        kernels=False,
+    ),
+    "spectformer_vanilla": Family(
+        "spectformer",
+        Small(
+            "spectformer_vanilla_t",
+            (72, 56),
+            {
+                "img_size": 96,
+                "patch_size": 8,
+                "embed_dim": 16,
+                "depth": 4,
+                "alpha": 2,
+                "num_heads": 2,
+                "num_classes": 7,
+            },
+        ),
+        Recorded("spectformer/spectformer_vanilla_t.224x224", "spectformer_vanilla_t"),
+        kernels=False,
+        blocks=[0, 3, 6, 11],
+    ),
 }
 
 
@@ -202,6 +245,7 @@ class Recording:
     double: bool = False  # compared in float64, to 1e-9 of the standard deviation and not 2e-5
     loose: dict[str, float] = field(default_factory=dict)  # tolerances of single parts
     dense: bool = False  # a backbone without classifier
+    taps: dict[str, str] = field(default_factory=dict)  # the module whose output a recorded part is
 
 
 def _ours(name: str) -> str:
@@ -212,6 +256,18 @@ _LITV2: dict[str, Any] = {"parts": STAGES | DOWN | {"final_norm"}, "wrapper": "m
 # Recorded float32 outputs of timm lie this far from timm's own float64 ones where attention saturates; ours in float32
 # would lie as far from them again, on the other side or not as the processor rounds.
 _SATURATED = {"stem": 2e-5, "stage1": 2e-5, "stage2": 2e-5, "stage3": 1e-3, "stage4": 1e-3, "logits": 1e-4}
+
+_SPECTFORMER = {
+    "post_cls": "head.class_block",
+    "final_norm": "head.norm",
+    "head_cls_logits": "head.fc",
+    "aux_head_logits": "head.aux",
+}
+_VANILLA: dict[str, Any] = {
+    "parts": STAGES | {"embed", "final_norm"},
+    "double": True,
+    "taps": {"embed": "stem.proj"},  # without the position embedding
+}
 
 # the first row that matches counts
 RECORDINGS = (
@@ -260,6 +316,14 @@ RECORDINGS = (
         "maxvit/TF_original_*", set(), lambda n: "zoo_maxvit_tiny_tf_224", weights=lambda n: "maxvit_tiny_tf_224"
     ),
     Recording("maxvit/*", STAGES | {"stem"}, _ours, wrapper="state_dict"),
+    Recording("spectformer/*_vanilla_s.*", **_VANILLA, indices=[0, 3, 9, 18]),
+    Recording("spectformer/*_vanilla_*", **_VANILLA, indices=[0, 3, 6, 11]),
+    Recording(
+        "spectformer/*",
+        STAGES | DOWN | PRENORM - {"stage4_prenorm"} | {"stem", *_SPECTFORMER},
+        double=True,
+        taps=_SPECTFORMER,
+    ),
 )
 
 
