@@ -12,7 +12,7 @@ from zoo.ops.maps import is_symbolic
 
 from ._sources import CheckpointError
 
-__all__ = ["as_map", "check_image_size", "halved", "is_size", "resize_map"]
+__all__ = ["as_map", "check_image_size", "check_map", "halved", "is_size", "resize_map"]
 
 
 def is_size(value: Any) -> bool:
@@ -29,6 +29,18 @@ def check_image_size(value: int | Sequence[int]) -> tuple[int, int]:
     if len(sizes) != 2 or not all(map(is_size, sizes)):
         raise ValueError(f"img_size must be a positive int or a pair of them, got {value!r}")
     return sizes[0], sizes[1]
+
+
+def check_map(x: Tensor, least: int) -> Tensor:
+    """A map (B, H, W, C) as it is, unless it is too small for what comes. For `torch.fx.wrap`, as `resize_map`.
+
+    Raises:
+        ValueError: a side is smaller than `least`; where sizes are symbols nothing is asked.
+    """
+    height, width = x.shape[1], x.shape[2]
+    if not is_symbolic(height, width) and min(height, width) < least:
+        raise ValueError(f"a map of {height} x {width} is smaller than {least} x {least}; give larger images")
+    return x
 
 
 def halved(size: tuple[int, int], times: int) -> tuple[int, int]:

@@ -41,6 +41,8 @@ def watched(model: nn.Module, taps: dict[str, str]) -> dict[str, Tensor]:
     last = pyramid and model.channels_last
 
     def keep(part: str) -> Any:
+        if part in taps:
+            return lambda *_: None
         return lambda _module, _inputs, y: seen.__setitem__(part, y.permute(0, 3, 1, 2) if last else y)
 
     def keep_input(part: str) -> Any:
@@ -55,14 +57,17 @@ def watched(model: nn.Module, taps: dict[str, str]) -> dict[str, Tensor]:
         stage.norm.register_forward_pre_hook(keep_input(f"stage{i + 1}_prenorm"))
     if pyramid and hasattr(model.norm, "act"):
         model.norm.act.register_forward_hook(lambda _module, _inputs, y: seen.__setitem__("final_act", y))
-    for part, module in taps.items():
-        model.get_submodule(module).register_forward_hook(lambda _module, _inputs, y, p=part: seen.__setitem__(p, y))
+    for part, tap in taps.items():
+        name = tap.removesuffix("[0]")
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, y, p=part, f=tap != name: seen.__setitem__(p, y[:, 0] if f else y)
+        )
     return seen
 
 
 def test_every_recording_is_compared() -> None:
     used = [next((r for r in RECORDINGS if fnmatch.fnmatch(file, r.pattern)), None) for file in FILES]
-    assert len(FILES) == 54
+    assert len(FILES) == 58
     assert None not in used
     assert all(recording in used for recording in RECORDINGS)
 

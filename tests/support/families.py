@@ -48,6 +48,7 @@ class Family:
         slow: whether its recording takes the interpreter more than half a minute.
         kernels: whether it calls an op of `zoo.ops`; others run on PyTorch's own operators.
         blocks: for a model of one resolution, the blocks whose outputs were recorded as stages.
+        tokens: whether the final features are tokens, (B, 1 + N, C), as in timm's models with a class token.
     """
 
     file: str
@@ -60,6 +61,7 @@ class Family:
     slow: bool = False
     kernels: bool = True
     blocks: list[int] | None = None
+    tokens: bool = False
 
 
 _HEADS = {"num_heads": (1, 2, 2, 4)}
@@ -223,6 +225,23 @@ FAMILIES: dict[str, Family] = {
         kernels=False,
         blocks=[0, 3, 6, 11],
     ),
+    "soft": Family(
+        "soft",
+        Small("soft_tiny", (72, 56), {"img_size": 96, "embed_dims": (16, 16, 32, 32), **_HEADS, **_NARROW}),
+        Recorded("soft/soft_tiny.192x256", "soft_tiny", "state_dict_ema"),
+        smallest="soft_tiny",
+        facts=Facts(no_decay=(".pos_embed", ".cls_token")),
+        detection=f"soft_tiny {_SHALLOW}",
+        kernels=False,
+        tokens=True,
+    ),
+    "soft_norm": Family(
+        "soft",
+        Small("soft_norm_tiny", (72, 56), {"img_size": 96, "embed_dims": (16, 16, 32, 32), **_HEADS, **_NARROW}),
+        Recorded("soft/soft_norm_tiny.224x224", "soft_norm_tiny", "state_dict_ema"),
+        kernels=False,
+        tokens=True,
+    ),
 }
 
 
@@ -245,7 +264,8 @@ class Recording:
     double: bool = False  # compared in float64, to 1e-9 of the standard deviation and not 2e-5
     loose: dict[str, float] = field(default_factory=dict)  # tolerances of single parts
     dense: bool = False  # a backbone without classifier
-    taps: dict[str, str] = field(default_factory=dict)  # the module whose output a recorded part is
+    # the module whose output a recorded part is, or with "[0]" behind it the first token of which it is
+    taps: dict[str, str] = field(default_factory=dict)
 
 
 def _ours(name: str) -> str:
@@ -267,6 +287,11 @@ _VANILLA: dict[str, Any] = {
     "parts": STAGES | {"embed", "final_norm"},
     "double": True,
     "taps": {"embed": "stem.proj"},  # without the position embedding
+}
+_SOFT = {
+    "stem": "stem.proj",  # without the position embedding, as the downsamplings
+    **{f"down{i}": f"stages.{i}.downsample.proj" for i in range(1, 4)},
+    "stage4_cls": "stages.3.blocks[0]",
 }
 
 # the first row that matches counts
@@ -324,6 +349,7 @@ RECORDINGS = (
         double=True,
         taps=_SPECTFORMER,
     ),
+    Recording("soft/*", STAGES | {"final_norm", *_SOFT}, wrapper="state_dict_ema", double=True, taps=_SOFT),
 )
 
 
