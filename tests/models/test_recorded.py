@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import RECORDINGS
+from families import RECORDINGS, Tap
 from golden import GOLDENS, assert_matches, image, npz, published, samples, save_checkpoint
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ def recorded_parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {names.get(part, part): values for part, values in parts.items() if "shape" in values}
 
 
-def watched(model: nn.Module, taps: dict[str, str]) -> dict[str, Tensor]:
+def watched(model: nn.Module, taps: dict[str, Tap]) -> dict[str, Tensor]:
     """Filled, when the model runs, with the outputs of its stem, between its stages, NCHW, and of named modules."""
     seen: dict[str, Tensor] = {}
     pyramid = isinstance(model, Pyramid)
@@ -57,17 +57,16 @@ def watched(model: nn.Module, taps: dict[str, str]) -> dict[str, Tensor]:
         stage.norm.register_forward_pre_hook(keep_input(f"stage{i + 1}_prenorm"))
     if pyramid and hasattr(model.norm, "act"):
         model.norm.act.register_forward_hook(lambda _module, _inputs, y: seen.__setitem__("final_act", y))
-    for part, tap in taps.items():
-        name = tap.removesuffix("[0]")
+    for part, (name, read) in taps.items():
         model.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, y, p=part, f=tap != name: seen.__setitem__(p, y[:, 0] if f else y)
+            lambda _module, _inputs, y, p=part, r=read: seen.__setitem__(p, r(y))
         )
     return seen
 
 
 def test_every_recording_is_compared() -> None:
     used = [next((r for r in RECORDINGS if fnmatch.fnmatch(file, r.pattern)), None) for file in FILES]
-    assert len(FILES) == 58
+    assert len(FILES) == 61
     assert None not in used
     assert all(recording in used for recording in RECORDINGS)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["FAMILIES", "RECORDINGS", "Facts", "Family", "Recorded", "Recording", "Small", "file_of"]
+__all__ = ["FAMILIES", "RECORDINGS", "Facts", "Family", "Recorded", "Recording", "Small", "Tap", "file_of"]
 
 
 class Small(NamedTuple):
@@ -48,6 +48,7 @@ class Family:
         slow: whether its recording takes the interpreter more than half a minute.
         kernels: whether it calls an op of `zoo.ops`; others run on PyTorch's own operators.
         blocks: for a model of one resolution, the blocks whose outputs were recorded as stages.
+        ordered: whether rounding decides an order, so that two ways to compute the same differ where float32 rounds.
         tokens: whether the final features are tokens, (B, 1 + N, C), as in timm's models with a class token.
     """
 
@@ -62,6 +63,7 @@ class Family:
     kernels: bool = True
     blocks: list[int] | None = None
     tokens: bool = False
+    ordered: bool = False
 
 
 _HEADS = {"num_heads": (1, 2, 2, 4)}
@@ -242,12 +244,39 @@ FAMILIES: dict[str, Family] = {
         kernels=False,
         tokens=True,
     ),
+    "sgformer": Family(
+        "sgformer",
+        Small(
+            "sgformer_s",
+            (72, 56),
+            {
+                "img_size": 96,
+                "embed_dims": (16, 16, 32, 32),
+                "num_heads": (2, 2, 2, 4),
+                "depths": (2, 1, 1, 1),
+                "num_classes": 7,
+            },
+        ),
+        Recorded("sgformer/sgformer_s.224x224", "sgformer_s", "state_dict"),
+        smallest="sgformer_s",
+        facts=Facts(no_decay=(".pos_embed",)),
+        detection="sgformer_s model.kwargs={depths:[2,2,2,1]}",
+        slow=True,
+        ordered=True,
+    ),
 }
 
 
 STAGES = {f"stage{i}" for i in range(1, 5)}
 DOWN = {f"down{i}" for i in range(1, 4)}  # outputs of the downsampling between two stages
 PRENORM = {f"stage{i}_prenorm" for i in range(1, 5)}
+
+
+class Tap(NamedTuple):
+    """A module whose output was recorded, and what of it."""
+
+    module: str
+    read: Callable[[Any], Any] = lambda x: x
 
 
 @dataclass(frozen=True)
@@ -264,8 +293,7 @@ class Recording:
     double: bool = False  # compared in float64, to 1e-9 of the standard deviation and not 2e-5
     loose: dict[str, float] = field(default_factory=dict)  # tolerances of single parts
     dense: bool = False  # a backbone without classifier
-    # the module whose output a recorded part is, or with "[0]" behind it the first token of which it is
-    taps: dict[str, str] = field(default_factory=dict)
+    taps: dict[str, Tap] = field(default_factory=dict)  # recorded parts that are outputs of modules
 
 
 def _ours(name: str) -> str:
@@ -277,21 +305,30 @@ _LITV2: dict[str, Any] = {"parts": STAGES | DOWN | {"final_norm"}, "wrapper": "m
 # would lie as far from them again, on the other side or not as the processor rounds.
 _SATURATED = {"stem": 2e-5, "stage1": 2e-5, "stage2": 2e-5, "stage3": 1e-3, "stage4": 1e-3, "logits": 1e-4}
 
-_SPECTFORMER = {
-    "post_cls": "head.class_block",
-    "final_norm": "head.norm",
-    "head_cls_logits": "head.fc",
-    "aux_head_logits": "head.aux",
+
+def _first_token(x: Any) -> Any:
+    return x[:, 0]
+
+
+def _channels_first(x: Any) -> Any:
+    return x.permute(0, 3, 1, 2)
+
+
+_SPECTFORMER: dict[str, Tap] = {
+    "post_cls": Tap("head.class_block"),
+    "final_norm": Tap("head.norm"),
+    "head_cls_logits": Tap("head.fc"),
+    "aux_head_logits": Tap("head.aux"),
 }
 _VANILLA: dict[str, Any] = {
     "parts": STAGES | {"embed", "final_norm"},
     "double": True,
-    "taps": {"embed": "stem.proj"},  # without the position embedding
+    "taps": {"embed": Tap("stem.proj")},  # without the position embedding
 }
-_SOFT = {
-    "stem": "stem.proj",  # without the position embedding, as the downsamplings
-    **{f"down{i}": f"stages.{i}.downsample.proj" for i in range(1, 4)},
-    "stage4_cls": "stages.3.blocks[0]",
+_SOFT: dict[str, Tap] = {
+    "stem": Tap("stem.proj"),  # without the position embedding, as the downsamplings
+    **{f"down{i}": Tap(f"stages.{i}.downsample.proj") for i in range(1, 4)},
+    "stage4_cls": Tap("stages.3.blocks", _first_token),
 }
 
 # the first row that matches counts
@@ -348,6 +385,13 @@ RECORDINGS = (
         STAGES | DOWN | PRENORM - {"stage4_prenorm"} | {"stem", *_SPECTFORMER},
         double=True,
         taps=_SPECTFORMER,
+    ),
+    Recording(
+        "sgformer/*",
+        STAGES | DOWN | PRENORM | {"stem"},
+        wrapper="state_dict",
+        double=True,
+        taps={"stem": Tap("stem.norm", _channels_first)},  # without the position embedding
     ),
     Recording("soft/*", STAGES | {"final_norm", *_SOFT}, wrapper="state_dict_ema", double=True, taps=_SOFT),
 )

@@ -102,7 +102,7 @@ def assert_op(
     assert_matches(x.grad, data["grad_x"], float(data["grad_x"].std()), tolerance, "gradient of the input")
     grads = state({ours(k[2:]): v for k, v in data.items() if k.startswith("g/")})
     assert grads.keys() == parameters.keys()
-    largest = max((float(g.std()) for g in grads.values()), default=0.0)
+    largest = max((float(g.std(correction=0)) for g in grads.values()), default=0.0)
     for name, expected in grads.items():
         grad = parameters[name].grad
         assert grad is not None, name
