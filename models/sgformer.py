@@ -36,7 +36,7 @@ from .dialects import OURS, Dialect, moved_by, rename
 __all__ = ["SGFormer"]
 
 # what they do depends on the size
-for _name in ("check_map", "grouped", "orders", "positions", "spread", "window_significance"):
+for _name in ("check_map", "grouped", "orders", "positions", "spread", "window_significance", "without_spares"):
     torch.fx.wrap(_name)
 
 # how many tokens become one key, by the stage's sr_ratio: of the least significant quarter, the two in the middle and
@@ -120,13 +120,37 @@ def grouped(tokens: Tensor, order: Tensor, begin: int, end: int, shares: int, gr
         group: tokens of a group.
     """
     N = order.shape[1]
-    start = N // shares * begin
-    length = N - start if end == shares else N // shares * (end - begin)
-    count = (length + group - 1) // group * group
-    drawn = (torch.arange(count, device=order.device) * length).div(count, rounding_mode="floor")
-    index = order[:, drawn + start]
+    start, length, groups = _part(N, begin, end, shares, group)
+    count = groups * group
+    drawn = torch.arange(count, device=order.device)
+    if is_symbolic(N, N):  # a spare group, see `without_spares`
+        drawn = torch.arange(count + group, device=order.device).clamp(max=count - 1)
+    index = order[:, (drawn * length).div(count, rounding_mode="floor") + start]
     found = tokens.gather(1, index.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
     return found.reshape(-1, group, found.shape[2]).transpose(1, 2)
+
+
+def _part(tokens: int, begin: int, end: int, shares: int, group: int) -> tuple[int, int, int]:
+    """Where a part of so many tokens starts, its length, and its groups."""
+    start = tokens // shares * begin
+    length = tokens - start if end == shares else tokens // shares * (end - begin)
+    return start, length, (length + group - 1) // group
+
+
+def without_spares(keys: Tensor, tokens: int, group1: int, group2: int, group3: int) -> Tensor:
+    """The keys (B, M, C) of three parts, or two if group3 is 0, of which each has a spare one where sizes are symbols.
+
+    PyTorch compiles and exports a part of one group apart from one of several: with a spare one no part has one.
+    """
+    if not is_symbolic(tokens, tokens):
+        return keys
+    if group3 == 0:
+        first, second, third = _part(tokens, 0, 1, 2, group1)[2], _part(tokens, 1, 2, 2, group2)[2], 0
+    else:
+        first, second = _part(tokens, 0, 1, 4, group1)[2], _part(tokens, 1, 3, 4, group2)[2]
+        third = _part(tokens, 3, 4, 4, group3)[2]
+    index = torch.arange(first + second + third, device=keys.device)
+    return keys[:, index + (index >= first).long() + (index >= first + second).long()]
 
 
 def positions(table: Tensor, height: int, width: int) -> Tensor:
@@ -312,13 +336,15 @@ class GuidedAttention(nn.Module):
 
     def merged(self, x: Tensor, order: Tensor) -> Tensor:
         """The tokens (B, N, C) that an order's groups become, (B, M, C)."""
-        B, _, C = x.shape
+        B, N, C = x.shape
         if self.group3 == 0:
             first, second = grouped(x, order, 0, 1, 2, self.group1), grouped(x, order, 1, 2, 2, self.group2)
-            return torch.cat((self.f1(first).reshape(B, -1, C), self.f2(second).reshape(B, -1, C)), dim=1)
-        first, second = grouped(x, order, 0, 1, 4, self.group1), grouped(x, order, 1, 3, 4, self.group2)
-        third = self.f3(grouped(x, order, 3, 4, 4, self.group3)).reshape(B, -1, C)
-        return torch.cat((self.f1(first).reshape(B, -1, C), self.f2(second).reshape(B, -1, C), third), dim=1)
+            keys = torch.cat((self.f1(first).reshape(B, -1, C), self.f2(second).reshape(B, -1, C)), dim=1)
+        else:
+            first, second = grouped(x, order, 0, 1, 4, self.group1), grouped(x, order, 1, 3, 4, self.group2)
+            third = self.f3(grouped(x, order, 3, 4, 4, self.group3)).reshape(B, -1, C)
+            keys = torch.cat((self.f1(first).reshape(B, -1, C), self.f2(second).reshape(B, -1, C), third), dim=1)
+        return without_spares(keys, N, self.group1, self.group2, self.group3)
 
     def heads(self, kv: Tensor) -> Tensor:
         """Keys and values (2, B, heads / 2, M, d) of (B, M, C)."""
