@@ -13,7 +13,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, calculate_drop_path_rates, drop_path, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ __all__ = [
     "CeilAvgPool2d",
     "DropPath",
     "FamilyFacts",
+    "Isotropic",
     "NormLayer",
     "PatchEmbed",
     "Pyramid",
@@ -32,6 +33,7 @@ __all__ = [
     "as_format",
     "check_output_fmt",
     "init_linear",
+    "quarters",
     "stage_rates",
 ]
 
@@ -250,6 +252,66 @@ class Pyramid(Backbone):
         return as_format(self.norm(x), self.channels_last, "NCHW")
 
 
+class Isotropic(Pyramid):
+    """A stem and blocks of one resolution, which are one stage; the features are the blocks' outputs."""
+
+    channels_last = True
+
+    def add_blocks(self, blocks: Sequence[nn.Module], dim: int, reduction: int) -> None:
+        """Add the blocks, of `dim` channels, and their features; `reduction` is the stem's stride."""
+        self.stages = nn.Sequential(Stage(blocks))
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.0.blocks.{i}"} for i in range(len(blocks))
+        ]
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^stem", "blocks": [(r"^stages\.0\.blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The blocks' outputs; arguments as in the frame, but that `norm` applies to every output."""
+        check_output_fmt(output_fmt)
+        stage = self.stages[0]
+        blocks = stage.blocks
+        take, max_index = feature_take_indices(len(blocks), indices)  # type: ignore[arg-type]
+        if stop_early and not torch.jit.is_scripting():
+            blocks = blocks[: max_index + 1]  # type: ignore[index]
+        maps: list[Tensor] = []
+        x = self.stem(x)
+        for i, block in enumerate(blocks):  # type: ignore[arg-type]
+            if stage.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+            if i in take:
+                maps.append(as_format(self.norm(x) if norm else x, True, output_fmt))
+        maps = as_asked(maps, take)
+        if intermediates_only:
+            return maps
+        return as_format(self.norm(x), True, "NCHW"), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given blocks' outputs do not need."""
+        stage = cast(Stage, self.stages[0])
+        take, max_index = feature_take_indices(len(stage.blocks), indices)
+        stage.blocks = stage.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "", reset_other=True)
+        return take
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches and a norm: (B, C, H, W) to (B, H/p, W/p, dim), padded on the right and bottom."""
 
@@ -327,3 +389,8 @@ def init_linear(module: nn.Module) -> None:
 def stage_rates(drop_path_rate: float, depths: Sequence[int]) -> list[list[float]]:
     """The stochastic depth of every block of every stage, growing linearly to drop_path_rate at the last block."""
     return cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """The last block of each quarter of an isotropic model, as deep as the stages of a pyramid."""
+    return tuple(sorted({max(depth * i // 4 - 1, 0) for i in range(1, 5)}))

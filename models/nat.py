@@ -28,6 +28,7 @@ from zoo.ops.scriptable import neighborhood_attention_qkvpacked
 
 from ._build import build_model, published_cfg
 from ._pyramid import DropPath, NormLayer, Pyramid, Stage, init_linear, stage_rates
+from ._tables import check_image_size, is_size
 from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["NAT"]
@@ -185,10 +186,6 @@ class ConvDownsampler(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
     """One positive int per stage from an int or a sequence.
 
@@ -196,7 +193,7 @@ def per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
         ValueError: there is not one value per stage, or one is no positive int.
     """
     values = list(value) if isinstance(value, Sequence) else [value] * stages
-    if len(values) != stages or not all(map(_is_size, values)):
+    if len(values) != stages or not all(map(is_size, values)):
         raise ValueError(f"{name} must be a positive int or {stages} of them, one per stage; got {value!r}")
     return values
 
@@ -215,24 +212,12 @@ def per_block(dilations: Dilations, depths: Sequence[int]) -> list[list[int]]:
     common = 1 if dilations is None else dilations
     entries = list(common) if isinstance(common, Sequence) else [common] * len(depths)
     patterns = [list(entry) if isinstance(entry, Sequence) else [entry] for entry in entries]
-    if len(patterns) != len(depths) or not all(p and all(map(_is_size, p)) for p in patterns):
+    if len(patterns) != len(depths) or not all(p and all(map(is_size, p)) for p in patterns):
         raise ValueError(
             f"dilations must be None, a positive int, or for each of the {len(depths)} stages a positive int or a "
             f"sequence of them; got {dilations!r}"
         )
     return [[pattern[i % len(pattern)] for i in range(depth)] for pattern, depth in zip(patterns, depths, strict=True)]
-
-
-def check_image_size(value: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width from an int or a pair.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    sizes = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(sizes) != 2 or not all(map(_is_size, sizes)):
-        raise ValueError(f"img_size must be a positive int or a pair of them, got {value!r}")
-    return sizes[0], sizes[1]
 
 
 def resize_table(table: Tensor, height: int, width: int) -> Tensor:

@@ -15,35 +15,24 @@ The blocks are one stage, and the features are theirs.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.ops.maps import is_symbolic
 
 from ._build import build_model, published_cfg
-from ._pyramid import (
-    NormLayer,
-    PatchEmbed,
-    Pyramid,
-    Stage,
-    as_asked,
-    as_format,
-    check_output_fmt,
-    init_linear,
-    stage_rates,
-)
+from ._pyramid import Isotropic, NormLayer, PatchEmbed, init_linear, quarters, stage_rates
+from ._tables import check_image_size
 from .dialects import OURS, Dialect
 from .nat import (
     Block,
     NeighborhoodAttention,
-    check_image_size,
     checkpoint_filter_fn,
     per_block,
     per_stage,
@@ -109,7 +98,7 @@ def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     return bias.reshape(table.shape[0], height * width, height * width)
 
 
-class NATIsotropic(Pyramid):
+class NATIsotropic(Isotropic):
     """Vision transformer of one resolution with neighborhood attention, or global attention with relative bias.
 
     Args:
@@ -204,60 +193,10 @@ class NATIsotropic(Pyramid):
             Block(embed_dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, norm_layer, **dd)
             for attn, rate in zip(attentions, stage_rates(drop_path_rate, [depth])[0], strict=True)
         ]
-        self.stages = nn.Sequential(Stage(blocks))
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"stages.0.blocks.{i}"} for i in range(depth)
-        ]
+        self.add_blocks(blocks, embed_dim, patch_size)
         self.norm = norm_layer(embed_dim, **dd)
         self.add_head(num_classes, global_pool, drop_rate, **dd)
         self.apply(init_linear)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^stem", "blocks": [(r"^stages\.0\.blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The blocks' outputs; arguments as in the frame, but that `norm` applies to every output."""
-        check_output_fmt(output_fmt)
-        stage = self.stages[0]
-        blocks = stage.blocks
-        take, max_index = feature_take_indices(len(blocks), indices)  # type: ignore[arg-type]
-        if stop_early and not torch.jit.is_scripting():
-            blocks = blocks[: max_index + 1]  # type: ignore[index]
-        maps: list[Tensor] = []
-        x = self.stem(x)
-        for i, block in enumerate(blocks):  # type: ignore[arg-type]
-            if stage.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-            if i in take:
-                maps.append(as_format(self.norm(x) if norm else x, True, output_fmt))
-        maps = as_asked(maps, take)
-        if intermediates_only:
-            return maps
-        return as_format(self.norm(x), True, "NCHW"), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the given blocks' outputs do not need."""
-        stage = cast(Stage, self.stages[0])
-        take, max_index = feature_take_indices(len(stage.blocks), indices)
-        stage.blocks = stage.blocks[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "", reset_other=True)
-        return take
 
 
 DIALECTS = (
@@ -308,8 +247,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], args: dict[s
     if kwargs.keys() & {"dilation", "dilations"}:
         more.pop("dilations", None)
     args = {"depth": 12, **args, **more, **kwargs}
-    # by default the last block of each quarter, as deep as the stages of the hierarchical models
-    feature_cfg = {"out_indices": tuple(sorted({max(args["depth"] * i // 4 - 1, 0) for i in range(1, 5)}))}
+    feature_cfg = {"out_indices": quarters(args["depth"])}
     return build_model(
         NATIsotropic, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args
     )

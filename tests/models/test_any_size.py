@@ -26,7 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "biformer_stl_nchw": {"depths": (1, 1, 1, 1), "embed_dims": (32, 32, 32, 32), "num_classes": 7},
 }
 # the smallest side whose last map has more than one pixel: PyTorch compiles and exports sides of 1 apart
-SMALLEST = {"litv2": 61, "biformer_stl_nchw": 64}
+SMALLEST = {"litv2": 61, "biformer_stl_nchw": 64, "soft": 61, "soft_norm": 61, "sgformer": 61}
 
 
 def built(name: str, **kwargs: Any) -> nn.Module:

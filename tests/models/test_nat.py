@@ -13,8 +13,9 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
 import zoo  # noqa: F401
+from zoo.models._tables import check_image_size
 from zoo.models.checkpoints import published_figures
-from zoo.models.nat import NAT, NeighborhoodAttention, check_image_size, checkpoint_filter_fn, per_block, per_stage
+from zoo.models.nat import NAT, NeighborhoodAttention, checkpoint_filter_fn, per_block, per_stage
 from zoo.models.nat_isotropic import GlobalAttention, relative_bias
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import RECORDINGS
+from families import RECORDINGS, Tap
 from golden import GOLDENS, assert_matches, image, npz, published, samples, save_checkpoint
 from torch import Tensor, nn
 
@@ -29,19 +29,24 @@ def recorded_parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         part, dot, what = key.rpartition(".") if "." in key else key.rpartition("_")
         if what in ("shape", "std", "idx", "val_f64", "sample") or what == "mean" and dot == "_":
             parts.setdefault(part, {})[{"val_f64": "sample"}.get(what, what)] = value
-    # the original DaViT numbers its embeddings
+    # originals number their embeddings
     names = {"embed1": "stem", **{f"embed{i + 1}": f"down{i}" for i in range(1, 4)}}
     return {names.get(part, part): values for part, values in parts.items() if "shape" in values}
 
 
-def watched(model: nn.Module) -> dict[str, Tensor]:
-    """Filled, when the model runs, with the outputs of its stem and between its stages, NCHW."""
+def watched(model: nn.Module, taps: dict[str, Tap]) -> dict[str, Tensor]:
+    """Filled, when the model runs, with the outputs of its stem, between its stages, NCHW, and of named modules."""
     seen: dict[str, Tensor] = {}
     pyramid = isinstance(model, Pyramid)
     last = pyramid and model.channels_last
 
     def keep(part: str) -> Any:
+        if part in taps:
+            return lambda *_: None
         return lambda _module, _inputs, y: seen.__setitem__(part, y.permute(0, 3, 1, 2) if last else y)
+
+    def keep_input(part: str) -> Any:
+        return lambda module, inputs: keep(part)(module, (), inputs[0])
 
     model.stem.register_forward_hook(keep("stem"))
     for i, stage in enumerate(model.stages):
@@ -49,15 +54,19 @@ def watched(model: nn.Module) -> dict[str, Tensor]:
             stage.register_forward_hook(keep(f"stage{i + 1}"))
             continue
         stage.downsample.register_forward_hook(keep(f"down{i}"))
-        stage.norm.register_forward_pre_hook(lambda _module, x, i=i: seen.__setitem__(f"stage{i + 1}_prenorm", x[0]))
+        stage.norm.register_forward_pre_hook(keep_input(f"stage{i + 1}_prenorm"))
     if pyramid and hasattr(model.norm, "act"):
         model.norm.act.register_forward_hook(lambda _module, _inputs, y: seen.__setitem__("final_act", y))
+    for part, (name, read) in taps.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, y, p=part, r=read: seen.__setitem__(p, r(y))
+        )
     return seen
 
 
 def test_every_recording_is_compared() -> None:
     used = [next((r for r in RECORDINGS if fnmatch.fnmatch(file, r.pattern)), None) for file in FILES]
-    assert len(FILES) == 49
+    assert len(FILES) == 61
     assert None not in used
     assert all(recording in used for recording in RECORDINGS)
 
@@ -83,14 +92,14 @@ def test_recorded(file: str, tmp_path: Path) -> None:
     ).eval()
     dtype = torch.float64 if how.double else torch.float32
     x = image(*map(int, size.split("x")), seed=int(data.get("input_seed", 0)), dtype=dtype)
-    seen = watched(model.to(dtype))
+    seen = watched(model.to(dtype), how.taps)
     with torch.inference_mode():
         features, maps = model.forward_intermediates(x, how.indices)
         logits = model.forward_head(features)
         assert torch.equal(model(x), logits)
     if isinstance(model, Pyramid):
         seen |= {f"stage{i}": m for i, m in enumerate(maps[-4:], 1)}
-    seen["final_norm"] = features
+    seen.setdefault("final_norm", features)
 
     parts = recorded_parts(data)
     assert set(parts) == how.parts

@@ -19,7 +19,7 @@ FEATURES = [
     (family, feature_cls)
     for family in CASES
     for feature_cls in ("getter", "hook", "fx", "list", "dict")
-    if family != "nat_isotropic" or feature_cls not in ("list", "dict")
+    if FAMILIES[family].blocks is None or feature_cls not in ("list", "dict")
 ]
 every_family = pytest.mark.parametrize("family", CASES)
 
@@ -63,26 +63,30 @@ def test_normed_features(family: str, options: dict[str, Any]) -> None:
 
 @every_family
 def test_classifier_of_pixels(family: str, tmp_path: Path) -> None:
-    """Without pooling the logits are a map, from the same weights; pooling can come back."""
+    """Without pooling the logits are a map, or tokens, from the same weights; pooling can come back."""
+
+    def unpooled(features: Tensor, channels: int) -> tuple[int, ...]:
+        return (2, features.shape[1], channels) if FAMILIES[family].tokens else (2, channels, *features.shape[2:])
+
     x, pooled = image(family), built(family, num_classes=5)
     path = save_checkpoint(tmp_path / "pooled.pth", pooled.state_dict(), None)
     overlay = {"file": path}
     model = built(family, num_classes=5, global_pool="", pretrained=True, pretrained_cfg_overlay=overlay)
     with torch.no_grad():
         features, logits = model.forward_features(x), model(x)
-        assert logits.shape == (2, 5, *features.shape[2:])
+        assert logits.shape == unpooled(features, 5)
         if isinstance(model.head, ClassifierHead):  # others have a norm behind the pooling
             torch.testing.assert_close(logits.mean((2, 3)), pooled(x), rtol=1e-4, atol=1e-5)
         hidden = model.forward_head(features, pre_logits=True)
-        assert hidden.shape == (2, model.head_hidden_size, *features.shape[2:])
+        assert hidden.shape == unpooled(features, model.head_hidden_size)
         model.reset_classifier(4, "avg")
         assert model(x).shape == (2, 4)
         model.reset_classifier(3)
         assert model(x).shape == (2, 3)
         model.reset_classifier(6, "")
-        assert model(x).shape == (2, 6, *features.shape[2:])
+        assert model(x).shape == unpooled(features, 6)
         model.reset_classifier(7)
-        assert model(x).shape == (2, 7, *features.shape[2:])
+        assert model(x).shape == unpooled(features, 7)
 
 
 @every_family

@@ -22,7 +22,8 @@ from triton_cases import DEVICE
 import zoo  # noqa: F401
 
 SCRIPTED = ("davit", "maxvit", "halonet", "van", "biformer")
-_QUICK_AND_SLOW = [pytest.param(key, marks=pytest.mark.slow if row.slow else ()) for key, row in FAMILIES.items()]
+WITH_KERNELS = {key: row for key, row in FAMILIES.items() if row.kernels}
+_QUICK_AND_SLOW = [pytest.param(key, marks=pytest.mark.slow if row.slow else ()) for key, row in WITH_KERNELS.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +55,7 @@ def test_recorded(family: str, tmp_path: Path) -> None:
     if DEVICE == "cpu":
         images = images[:1]
     with torch.inference_mode():
-        indices = [2, 5, 8, 11] if family == "nat_isotropic" else None
-        features, stages = model.to(DEVICE).eval().forward_intermediates(images.to(DEVICE), indices)
+        features, stages = model.to(DEVICE).eval().forward_intermediates(images.to(DEVICE), FAMILIES[family].blocks)
         logits = model.forward_head(features).cpu()
     for i, stage in enumerate(stages[-4:], 1):
         assert list(stage.shape[1:]) == data[f"stage{i}_shape"].tolist()[1:]
@@ -68,7 +68,7 @@ def test_recorded(family: str, tmp_path: Path) -> None:
     assert_matches(logits, expected[: len(logits)], expected.std().item(), case.tolerance, "logits")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_KERNELS)
 def test_gradients(family: str) -> None:
     """Logits and the gradient of the images and of every parameter, in a shrunken model."""
     found = {}
@@ -89,7 +89,7 @@ def test_gradients(family: str) -> None:
         assert error <= 5e-5 * size, f"{name}: {error:.2e} of {size:.2e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_KERNELS)
 def test_the_kernels_are_what_runs(family: str) -> None:
     """The kernels refuse float64: a model that did not pass its backend on would return logits."""
     model, images = small(family, attn_backend="triton", dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_the_kernels_are_what_runs(family: str) -> None:
         model(images.double())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_KERNELS)
 def test_the_kernels_are_what_a_scripted_model_runs(family: str) -> None:
     """TorchScript passes the backend on: in float64, which the kernels refuse, with the reason."""
     model, images = small(family, attn_backend="triton", dtype=torch.float64)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["FAMILIES", "RECORDINGS", "Facts", "Family", "Recorded", "Recording", "Small", "file_of"]
+__all__ = ["FAMILIES", "RECORDINGS", "Facts", "Family", "Recorded", "Recording", "Small", "Tap", "file_of"]
 
 
 class Small(NamedTuple):
@@ -46,6 +46,10 @@ class Family:
         facts: of that model's class.
         detection: the overrides that make it a detector's backbone; none for a model without levels.
         slow: whether its recording takes the interpreter more than half a minute.
+        kernels: whether it calls an op of `zoo.ops`; others run on PyTorch's own operators.
+        blocks: for a model of one resolution, the blocks whose outputs were recorded as stages.
+        ordered: whether rounding decides an order, so that two ways to compute the same differ where float32 rounds.
+        tokens: whether the final features are tokens, (B, 1 + N, C), as in timm's models with a class token.
     """
 
     file: str
@@ -56,6 +60,10 @@ class Family:
     facts: Facts = field(default_factory=Facts)
     detection: str | None = None
     slow: bool = False
+    kernels: bool = True
+    blocks: list[int] | None = None
+    tokens: bool = False
+    ordered: bool = False
 
 
 _HEADS = {"num_heads": (1, 2, 2, 4)}
@@ -103,6 +111,7 @@ FAMILIES: dict[str, Family] = {
         smallest="dinat_isotropic_small",
         facts=Facts(no_decay=(".rpb",)),
         slow=True,
+        blocks=[2, 5, 8, 11],
     ),
     "maxvit": Family(
         "maxvit",
@@ -180,12 +189,94 @@ FAMILIES: dict[str, Family] = {
         detection=f"stvit_small {_SHALLOW}",
         slow=True,
     ),
+    "spectformer": Family(
+        "spectformer",
+        Small(
+            "spectformer_s",
+            (72, 56),
+            {
+                "img_size": 96,
+                "stem_hidden_dim": 8,
+                "embed_dims": (16, 16, 32, 32),
+                "mlp_ratios": (2, 2, 2, 2),
+                **_HEADS,
+                **_NARROW,
+            },
+        ),
+        Recorded("spectformer/spectformer_s.224x224", "spectformer_s"),
+        smallest="spectformer_s",
+        detection=f"spectformer_s {_SHALLOW}",
+        kernels=False,
+    ),
+    "spectformer_vanilla": Family(
+        "spectformer",
+        Small(
+            "spectformer_vanilla_t",
+            (72, 56),
+            {
+                "img_size": 96,
+                "patch_size": 8,
+                "embed_dim": 16,
+                "depth": 4,
+                "alpha": 2,
+                "num_heads": 2,
+                "num_classes": 7,
+            },
+        ),
+        Recorded("spectformer/spectformer_vanilla_t.224x224", "spectformer_vanilla_t"),
+        kernels=False,
+        blocks=[0, 3, 6, 11],
+    ),
+    "soft": Family(
+        "soft",
+        Small("soft_tiny", (72, 56), {"img_size": 96, "embed_dims": (16, 16, 32, 32), **_HEADS, **_NARROW}),
+        Recorded("soft/soft_tiny.192x256", "soft_tiny", "state_dict_ema"),
+        smallest="soft_tiny",
+        facts=Facts(no_decay=(".pos_embed", ".cls_token")),
+        detection=f"soft_tiny {_SHALLOW}",
+        kernels=False,
+        tokens=True,
+    ),
+    "soft_norm": Family(
+        "soft",
+        Small("soft_norm_tiny", (72, 56), {"img_size": 96, "embed_dims": (16, 16, 32, 32), **_HEADS, **_NARROW}),
+        Recorded("soft/soft_norm_tiny.224x224", "soft_norm_tiny", "state_dict_ema"),
+        kernels=False,
+        tokens=True,
+    ),
+    "sgformer": Family(
+        "sgformer",
+        Small(
+            "sgformer_s",
+            (72, 56),
+            {
+                "img_size": 96,
+                "embed_dims": (16, 16, 32, 32),
+                "num_heads": (2, 2, 2, 4),
+                "depths": (2, 1, 1, 1),
+                "num_classes": 7,
+            },
+        ),
+        Recorded("sgformer/sgformer_s.224x224", "sgformer_s", "state_dict"),
+        smallest="sgformer_s",
+        facts=Facts(no_decay=(".pos_embed",)),
+        detection="sgformer_s model.kwargs={depths:[2,2,2,1]}",
+        slow=True,
+        ordered=True,
+    ),
 }
 
 
 STAGES = {f"stage{i}" for i in range(1, 5)}
 DOWN = {f"down{i}" for i in range(1, 4)}  # outputs of the downsampling between two stages
 PRENORM = {f"stage{i}_prenorm" for i in range(1, 5)}
+
+
+class Tap(NamedTuple):
+    """A module whose output was recorded, and what of it."""
+
+    module: str
+    read: Callable[[Any], Any] = lambda x: x
 
 
 @dataclass(frozen=True)
@@ -202,6 +293,7 @@ class Recording:
     double: bool = False  # compared in float64, to 1e-9 of the standard deviation and not 2e-5
     loose: dict[str, float] = field(default_factory=dict)  # tolerances of single parts
     dense: bool = False  # a backbone without classifier
+    taps: dict[str, Tap] = field(default_factory=dict)  # recorded parts that are outputs of modules
 
 
 def _ours(name: str) -> str:
@@ -212,6 +304,32 @@ _LITV2: dict[str, Any] = {"parts": STAGES | DOWN | {"final_norm"}, "wrapper": "m
 # Recorded float32 outputs of timm lie this far from timm's own float64 ones where attention saturates; ours in float32
 # would lie as far from them again, on the other side or not as the processor rounds.
 _SATURATED = {"stem": 2e-5, "stage1": 2e-5, "stage2": 2e-5, "stage3": 1e-3, "stage4": 1e-3, "logits": 1e-4}
+
+
+def _first_token(x: Any) -> Any:
+    return x[:, 0]
+
+
+def _channels_first(x: Any) -> Any:
+    return x.permute(0, 3, 1, 2)
+
+
+_SPECTFORMER: dict[str, Tap] = {
+    "post_cls": Tap("head.class_block"),
+    "final_norm": Tap("head.norm"),
+    "head_cls_logits": Tap("head.fc"),
+    "aux_head_logits": Tap("head.aux"),
+}
+_VANILLA: dict[str, Any] = {
+    "parts": STAGES | {"embed", "final_norm"},
+    "double": True,
+    "taps": {"embed": Tap("stem.proj")},  # without the position embedding
+}
+_SOFT: dict[str, Tap] = {
+    "stem": Tap("stem.proj"),  # without the position embedding, as the downsamplings
+    **{f"down{i}": Tap(f"stages.{i}.downsample.proj") for i in range(1, 4)},
+    "stage4_cls": Tap("stages.3.blocks", _first_token),
+}
 
 # the first row that matches counts
 RECORDINGS = (
@@ -260,6 +378,22 @@ RECORDINGS = (
         "maxvit/TF_original_*", set(), lambda n: "zoo_maxvit_tiny_tf_224", weights=lambda n: "maxvit_tiny_tf_224"
     ),
     Recording("maxvit/*", STAGES | {"stem"}, _ours, wrapper="state_dict"),
+    Recording("spectformer/*_vanilla_s.*", **_VANILLA, indices=[0, 3, 9, 18]),
+    Recording("spectformer/*_vanilla_*", **_VANILLA, indices=[0, 3, 6, 11]),
+    Recording(
+        "spectformer/*",
+        STAGES | DOWN | PRENORM - {"stage4_prenorm"} | {"stem", *_SPECTFORMER},
+        double=True,
+        taps=_SPECTFORMER,
+    ),
+    Recording(
+        "sgformer/*",
+        STAGES | DOWN | PRENORM | {"stem"},
+        wrapper="state_dict",
+        double=True,
+        taps={"stem": Tap("stem.norm", _channels_first)},  # without the position embedding
+    ),
+    Recording("soft/*", STAGES | {"final_norm", *_SOFT}, wrapper="state_dict_ema", double=True, taps=_SOFT),
 )
 
 

@@ -66,3 +66,44 @@ def assert_matches(actual: Tensor, expected: Tensor, std: float, tolerance: floa
     """Assert that the largest difference is at most `tolerance` of the recorded tensor's standard deviation."""
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= tolerance * std, f"{what}: largest difference {error:.3e} exceeds {tolerance:g} x std {std:.3e}"
+
+
+def assert_op(
+    file: str,
+    run: Callable[[Tensor, dict[str, Any]], Tensor],
+    model: Callable[[dict[str, Any]], torch.nn.Module] | None = None,
+    ours: Callable[[str], str] = str,
+    tolerance: float = 1e-9,
+    state: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> None:
+    """Assert that a recorded operation of an original gives its output and every gradient, in float64.
+
+    Args:
+        file: under tests/goldens/ops, without suffix.
+        run: the output for the input and the recording.
+        model: the module that the recorded weights belong to, which `run` finds in the recording as "module".
+        ours: the recorded name of a weight to ours.
+        tolerance: largest difference, of the standard deviation of what was recorded.
+        state: further changes of weights, or of their gradients, in our names.
+    """
+    data = npz(f"ops/{file}.npz")
+    parameters: dict[str, Tensor] = {}
+    if model is not None:
+        module = data["module"] = model(data).double()
+        weights = {ours(k[2:]): v for k, v in data.items() if k.startswith("w/")}
+        module.load_state_dict(state(weights))
+        parameters = dict(module.named_parameters())
+    x = data["x"].clone().requires_grad_()
+    y = run(x, data)
+    assert y.shape == data["y"].shape
+    assert_matches(y, data["y"], float(data["y"].std()), tolerance, "output")
+    (y * data["grad_y"]).sum().backward()
+    assert x.grad is not None
+    assert_matches(x.grad, data["grad_x"], float(data["grad_x"].std()), tolerance, "gradient of the input")
+    grads = state({ours(k[2:]): v for k, v in data.items() if k.startswith("g/")})
+    assert grads.keys() == parameters.keys()
+    largest = max((float(g.std(correction=0)) for g in grads.values()), default=0.0)
+    for name, expected in grads.items():
+        grad = parameters[name].grad
+        assert grad is not None, name
+        assert_matches(grad, expected, largest, tolerance, f"gradient of {name}")
