@@ -103,6 +103,18 @@ def _length(size: Any, like: Tensor) -> Tensor:
     )  # a tensor of a literal is detached in place, which a trace refuses
 
 
+def _unasked(size: Any, like: Tensor) -> Any:
+    """A size that PyTorch knows nothing of, where it is a symbol: no guard asks whether it is one.
+
+    What is computed with it is simple too, where the size is a formula of the image's.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size
+    count = _length(size, like).sum().item()
+    torch._check(count >= 1)
+    return count
+
+
 def _cells(count: Any, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of every element of [count, size].
 
@@ -124,14 +136,14 @@ def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
 def _blocks(length: Any, size: int, first: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens, one of which starts at `first`, 0 <= first < size."""
     begin = first - size if first else 0
-    tiles = _ceil(length - begin, size)
+    tiles = _unasked(_ceil(length - begin, size), like)
     tile, number = _cells(tiles, size, like)
     return _same(tile * size + begin + number, size, length, _arange(length, like) - begin)
 
 
 def _grid(length: Any, size: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens spread over the axis, ceil(length / size) apart."""
-    tiles = _ceil(length, size)
+    tiles = _unasked(_ceil(length, size), like)
     apart = _length(tiles, like)
     tile, number = _cells(tiles, size, like)
     position = _arange(length, like)
@@ -154,7 +166,7 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
     size = min(_TILE, longest) if isinstance(longest, int) else _TILE
     span = size + kernel - 1 + stride - 1
     span = min(span, longest) if isinstance(longest, int) else span
-    per_phase = _ceil(longest, size)
+    per_phase = _unasked(_ceil(longest, size), like)
     tiles = _length(per_phase, like)  # of a phase
     whole = _length(length, like)
 
@@ -186,7 +198,7 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
 
 def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: Tensor) -> _Axis:
     """Blocks of queries, of a map that is `stride` times smaller, and the keys of the block and its halo."""
-    tiles, step, window = _ceil(length, block), block // stride, block + 2 * halo
+    tiles, step, window = _unasked(_ceil(length, block), like), block // stride, block + 2 * halo
     tile, number = _cells(tiles, step, like)
     _, query = _within(tile * step + number, _length(queries, like))
     tile, number = _cells(tiles, window, like)
