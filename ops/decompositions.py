@@ -10,6 +10,7 @@ The definitions are in `<op>/reference.py`; tests compare each decomposition wit
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
 from ._checks import compute_dtype
 
@@ -58,23 +59,28 @@ class _Axis:
 
     query: [tiles, queries per tile].
     key: [tiles, keys per tile].
-    inside: [tiles, keys per tile], False for a key that stands for none.
-    seen: [tiles, queries per tile, keys per tile], or with 1 for the queries where they see the same.
+    inside: [tiles, keys per tile], False for a key that stands for none; None where there is no such key.
+    seen: [tiles, queries per tile, keys per tile], or with 1 for the queries where they see the same; None for all.
     relative: key - query as the bias counts it, of the shape of `seen`; or [queries per tile, keys per tile].
     place: [length], the number of every token among all queries.
     """
 
     query: Tensor
     key: Tensor
-    inside: Tensor
-    seen: Tensor
-    relative: Tensor
+    inside: Tensor | None
+    seen: Tensor | None
+    relative: Tensor | None
     place: Tensor
 
 
-@dataclass
 class _Tiles:
     """Tiles of a map, or of a sequence: the product of those along the axes, on its flattened tokens.
+
+    Args:
+        make: tiles along an axis.
+        axes: what `make` takes of each axis.
+        widths: of the maps of queries and of keys.
+        like: a tensor of the device.
 
     query: [tiles * queries per tile], key: [tiles * keys per tile].
     inside, seen: as along an axis.
@@ -82,12 +88,53 @@ class _Tiles:
     place: [tokens].
     """
 
-    query: Tensor
-    key: Tensor
-    inside: Tensor
-    seen: Tensor
-    relative: list[Tensor]
-    place: Tensor
+    def __init__(
+        self, make: Callable[..., _Axis], axes: Sequence[Sequence[Any]], widths: Sequence[Any], like: Tensor
+    ) -> None:
+        self.axes = made = [make(*sizes, like) for sizes in axes]
+        self.relative = [a.relative for a in made]
+        self.number: Any = math.prod(a.query.shape[0] for a in made)
+        self.queries: Any = math.prod(a.query.shape[1] for a in made)
+        self.keys: Any = math.prod(a.key.shape[1] for a in made)
+        if len(made) == 1:
+            (a,) = made
+            self.query, self.key, self.place = a.query.flatten(), a.key.flatten(), a.place
+            return
+        rows, columns = made
+        query_width, key_width = (_factor(w, like) for w in widths)
+        self.query = _product(rows.query * query_width, columns.query, torch.add).flatten()
+        self.key = _product(rows.key * key_width, columns.key, torch.add).flatten()
+        n, m, across = rows.query.shape[1], columns.query.shape[1], columns.query.shape[0]
+        n, m, across = (_factor(size, like) for size in (n, m, across))
+        # the number of a row's first query, and what a column adds to it
+        row = rows.place // n * (across * (n * m)) + rows.place % n * m
+        column = columns.place // m * (n * m) + columns.place % m
+        self.place = (row.unsqueeze(1) + column).flatten()
+
+    @cached_property
+    def inside(self) -> Tensor | None:
+        return self._all([a.inside for a in self.axes], self.number, self.keys)
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        queries = math.prod(1 if a.seen is None else a.seen.shape[1] for a in self.axes)
+        return self._all([a.seen for a in self.axes], self.number, queries, self.keys)
+
+    @cached_property
+    def around(self) -> "_Around":
+        return _around([a.key.shape[0] for a in self.axes], self.key)
+
+    def _all(self, masks: Sequence[Tensor | None], *shape: Any) -> Tensor | None:
+        """What holds along every axis."""
+        if all(x is None for x in masks):
+            return None
+        if len(masks) == 1:
+            return masks[0]
+        whole = []
+        for a, x in zip(self.axes, masks, strict=True):
+            ones = (a.key.shape[0], 1, a.key.shape[1]) if len(shape) == 3 else a.key.shape
+            whole.append(torch.ones(ones, dtype=torch.bool, device=a.key.device) if x is None else x)
+        return _product(*whole, torch.logical_and)
 
 
 def _arange(size: Any, like: Tensor) -> Tensor:
@@ -95,12 +142,14 @@ def _arange(size: Any, like: Tensor) -> Tensor:
 
 
 def _length(size: Any, like: Tensor) -> Tensor:
-    """A size as a tensor: ONNX has no arithmetic between tensors and sizes that are symbols."""
-    if isinstance(size, torch.SymInt):
-        return _arange(2 * size, like).amax(0, keepdim=True) // 2 + 1
-    return torch.full(
-        (1,), size, device=like.device
-    )  # a tensor of a literal is detached in place, which a trace refuses
+    """A size as a tensor [1]: ONNX has no arithmetic between tensors and sizes that are symbols."""
+    # not torch.tensor, which a trace of a literal detaches in place
+    return torch.full((1,), size, dtype=torch.int64, device=like.device)
+
+
+def _factor(size: Any, like: Tensor) -> Any:
+    """A size to compute with."""
+    return _length(size, like) if isinstance(size, torch.SymInt) else size
 
 
 def _unasked(size: Any, like: Tensor) -> Any:
@@ -115,17 +164,18 @@ def _unasked(size: Any, like: Tensor) -> Any:
     return count
 
 
-def _cells(count: Any, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every element of [count, size].
-
-    A tensor of `count` elements alone would make PyTorch ask whether that is one.
-    """
-    number = _arange(count * size, like).reshape(count, size)
-    return number // size, number % size
+def _cells(count: Any, size: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [count, 1] and columns [size] of [count, size]; `count` is a number, or of `_unasked`."""
+    return _arange(count, like).unsqueeze(1), _arange(size, like)
 
 
-def _ceil(size: Any, divisor: int) -> Any:
+def _ceil(size: Any, divisor: Any) -> Any:
     return (size + divisor - 1) // divisor
+
+
+def _divides(divisor: Any, size: Any) -> bool:
+    """Whether it is known to."""
+    return statically_known_true(size % divisor == 0)
 
 
 def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,28 +183,46 @@ def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     return (token >= 0) & (token < length), token.clamp(min=0).minimum(length - 1)
 
 
-def _blocks(length: Any, size: int, first: int, like: Tensor) -> _Axis:
+def _blocks(length: Any, size: Any, first: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens, one of which starts at `first`, 0 <= first < size."""
+    if isinstance(size, torch.SymInt):
+        return _regions_of(length, size, like)
     begin = first - size if first else 0
-    tiles = _unasked(_ceil(length - begin, size), like)
-    tile, number = _cells(tiles, size, like)
-    return _same(tile * size + begin + number, size, length, _arange(length, like) - begin)
+    tile, number = _cells(_unasked(_ceil(length - begin, size), like), size, like)
+    place = _arange(length, like)
+    return _same(tile * size + (number + begin), size, length, place - begin if begin else place, _divides(size, length))
+
+
+def _regions_of(length: Any, size: Any, like: Tensor) -> _Axis:
+    """Windows whose size is a symbol too."""
+    whole = _divides(size, length)
+    tiles = length // size if whole else _ceil(length, size)
+    tiles = int(tiles) if has_static_value(tiles) else _unasked(tiles, like)
+    count = _unasked(size, like)
+    tile, number = _cells(tiles, count, like)
+    token = tile * _factor(count, like) + number
+    inside, token = (None, token) if whole else _within(token, _length(length, like))
+    return _Axis(token, token, inside, None if inside is None else inside.unsqueeze(1), None, _arange(length, like))
 
 
 def _grid(length: Any, size: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens spread over the axis, ceil(length / size) apart."""
     tiles = _unasked(_ceil(length, size), like)
-    apart = _length(tiles, like)
+    apart = _factor(tiles, like)
     tile, number = _cells(tiles, size, like)
     position = _arange(length, like)
-    return _same(tile + number * apart, size, length, position % apart * size + position // apart)
+    place = position % apart * size + position // apart
+    return _same(tile + number * apart, size, length, place, _divides(size, length))
 
 
-def _same(token: Tensor, size: int, length: Any, place: Tensor) -> _Axis:
-    """Tiles whose queries are their keys."""
-    inside, token = _within(token, _length(length, token))
+def _same(token: Tensor, size: int, length: Any, place: Tensor, whole: bool) -> _Axis:
+    """Tiles whose queries are their keys; `whole` if they all are tokens, where tiles begin at zero."""
     number = _arange(size, token)
-    return _Axis(token, token, inside, inside[:, None], number - number[:, None], place)
+    relative = number - number.unsqueeze(1)
+    if whole:
+        return _Axis(token, token, None, None, relative, place)
+    inside, token = _within(token, _length(length, token))
+    return _Axis(token, token, inside, inside.unsqueeze(1), relative, place)
 
 
 def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal: bool, like: Tensor) -> _Axis:
@@ -167,83 +235,52 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
     span = size + kernel - 1 + stride - 1
     span = min(span, longest) if isinstance(longest, int) else span
     per_phase = _unasked(_ceil(longest, size), like)
-    tiles = _length(per_phase, like)  # of a phase
-    whole = _length(length, like)
-
-    def window(query: Tensor, tokens: Tensor) -> Tensor:  # where that of a query of a phase of so many tokens starts
-        leader = query // stride * stride + (stride - 1 if causal else stride // 2)
-        start = leader.minimum(tokens - 1) - (kernel - 1 if causal else kernel // 2)
-        return start.clamp(min=0).minimum(tokens - kernel)
-
+    tokens = _length(length, like)  # of a phase, here if there is but one
+    place = _arange(length, like)
     tile, number = _cells(per_phase * dilation, size, like)
-    phase = tile // tiles
-    tokens = (whole - phase - 1) // dilation + 1
-    query = (tile % tiles * size + number).minimum(tokens - 1)
-    start = window(query, tokens)[:, :, None]
+    phase = None
+    if dilation > 1:
+        tiles = _factor(per_phase, like)  # of a phase
+        phase, tile = tile // tiles, tile % tiles
+        tokens = (tokens - 1 - phase) // dilation + 1
+        of_phase = place // dilation
+        place = (place % dilation * tiles + of_phase // size) * size + of_phase % size
+    query = (tile * size + number).minimum(tokens - 1)
+    leader = query
+    if stride > 1:
+        leader = query // stride * stride + (stride - 1 if causal else stride // 2)
+        leader = leader.minimum(tokens - 1)
+    start = (leader - (kernel - 1 if causal else kernel // 2)).clamp(min=0).minimum(tokens - kernel)
+    inside, key = _within(start.select(1, 0).unsqueeze(1) + _arange(span, like), tokens)
 
-    tile, number = _cells(per_phase * dilation, span, like)
-    key_phase = tile // tiles
-    tokens = (whole - key_phase - 1) // dilation + 1
-    inside, key = _within(window((tile % tiles * size).minimum(tokens - 1), tokens) + number, tokens)
-
-    relative = key[:, None] - query[:, :, None]
-    seen = inside[:, None] & (key[:, None] >= start) & (key[:, None] < start + kernel)
+    start = start.unsqueeze(2)
+    keys = key.unsqueeze(1)
+    relative = keys - query.unsqueeze(2)
+    seen = inside.unsqueeze(1) & (keys >= start) & (keys < start + kernel)
     if causal:
         seen = seen & (relative <= 0)
-    position = _arange(length, like)
-    number = position // dilation
-    place = (position % dilation * tiles + number // size) * size + number % size
-    return _Axis(query * dilation + phase, key * dilation + key_phase, inside, seen, relative, place)
+    if phase is not None:
+        query, key = query * dilation + phase, key * dilation + phase
+    return _Axis(query, key, inside, seen, relative, place)
 
 
 def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: Tensor) -> _Axis:
     """Blocks of queries, of a map that is `stride` times smaller, and the keys of the block and its halo."""
-    tiles, step, window = _unasked(_ceil(length, block), like), block // stride, block + 2 * halo
+    step, window = block // stride, block + 2 * halo
+    tiles = _unasked(_ceil(length, block), like)
     tile, number = _cells(tiles, step, like)
-    _, query = _within(tile * step + number, _length(queries, like))
-    tile, number = _cells(tiles, window, like)
-    inside, key = _within(tile * block - halo + number, _length(length, like))
-    relative = _arange(window, like) - _arange(step, like)[:, None]
-    return _Axis(query, key, inside, inside[:, None], relative, _arange(queries, like))
+    keys = _arange(window, like)
+    query = (tile * step + number).minimum(_length(queries, like) - 1)
+    inside, key = _within(tile * block + (keys - halo), _length(length, like))
+    return _Axis(query, key, inside, inside.unsqueeze(1), keys - number.unsqueeze(1), _arange(queries, like))
 
 
 def _product(rows: Tensor, columns: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """[A, T, ..] and [A', T', ..] to [A * A', T * T', ..], of any number of axes."""
-    axes, shape = rows.dim(), [rows.shape[i] * columns.shape[i] for i in range(rows.dim())]
-    for i in range(axes):
-        rows, columns = rows.unsqueeze(2 * i + 1), columns.unsqueeze(2 * i)
-    return combine(rows, columns).reshape(shape)
-
-
-def _tiles(make: Callable[..., _Axis], axes: Sequence[Sequence[Any]], widths: Sequence[Any], like: Tensor) -> _Tiles:
-    """The tiles of a map, or of a sequence.
-
-    Args:
-        make: tiles along an axis.
-        axes: what `make` takes of each axis.
-        widths: of the maps of queries and of keys.
-        like: a tensor of the device.
-    """
-    made = [make(*sizes, like) for sizes in axes]
-    relative = [a.relative for a in made]
-    if len(made) == 1:
-        (a,) = made
-        return _Tiles(a.query.flatten(), a.key.flatten(), a.inside, a.seen, relative, a.place)
-    rows, columns = made
-    query_width, key_width = (_length(w, like) for w in widths)
-    query = _product(rows.query, columns.query, lambda r, c: r * query_width + c)
-    key = _product(rows.key, columns.key, lambda r, c: r * key_width + c)
-    n, m, across = rows.query.shape[1], columns.query.shape[1], _length(columns.query.shape[0], like)
-    row, column = rows.place[:, None], columns.place
-    place = (row // n * across + column // m) * (n * m) + row % n * m + column % m
-    return _Tiles(
-        query.flatten(),
-        key.flatten(),
-        _product(rows.inside, columns.inside, torch.logical_and),
-        _product(rows.seen, columns.seen, torch.logical_and),
-        relative,
-        place.flatten(),
-    )
+    high: list[Any] = [size for n in rows.shape for size in (n, 1)]
+    wide: list[Any] = [size for n in columns.shape for size in (1, n)]
+    shape = [n * m for n, m in zip(rows.shape, columns.shape, strict=True)]
+    return combine(rows.reshape(high), columns.reshape(wide)).reshape(shape)
 
 
 # What was computed in the trace that is going on: the layers of a model share their tables.
@@ -275,24 +312,23 @@ def _attend(
         extra: from q in tiles, [B, tiles, heads, queries, dim], to what is added to the logits.
     """
     given, dtype, shape = q.dtype, compute_dtype(q), q.shape
-    queries = math.prod(r.shape[-2] for r in tiles.relative)
-    number, heads, keys = tiles.inside.shape[0], shape[-2], tiles.inside.shape[1]
+    number, heads, queries, keys = tiles.number, shape[-2], tiles.queries, tiles.keys
 
     def cut(x: Tensor, index: Tensor, count: int) -> Tensor:
         x = x.to(dtype).flatten(1, -3).index_select(1, index)
         return x.reshape(shape[0], number, count, heads, x.shape[-1]).transpose(2, 3)
 
     q, k, v = cut(q, tiles.query, queries), cut(k, tiles.key, keys), cut(v, tiles.key, keys)
-    if not hide:
-        inside = tiles.inside[:, None, :, None]
+    if not hide and tiles.inside is not None:
+        inside = tiles.inside.reshape(number, 1, keys, 1)
         k, v = (torch.where(inside, x, torch.zeros((), dtype=dtype, device=x.device)) for x in (k, v))
     logits = (q * scale) @ k.transpose(-2, -1)
     if terms is not None:
         logits = logits + terms
     if extra is not None:
         logits = logits + extra(q)
-    if hide:
-        logits = logits.masked_fill(~tiles.seen[:, None], float("-inf"))
+    if hide and tiles.seen is not None:
+        logits = logits.masked_fill(~tiles.seen.unsqueeze(1), float("-inf"))
 
     def back(x: Tensor) -> Tensor:
         x = x.transpose(2, 3).reshape(shape[0], number * queries, heads, x.shape[-1])
@@ -314,9 +350,9 @@ def _window_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, W = q.shape[1:3]
     if grid:
-        tiles = _shared(_tiles, _grid, [(H, window_h), (W, window_w)], (W, W), like=q)
+        tiles = _shared(_Tiles, _grid, [(H, window_h), (W, window_w)], (W, W), like=q)
     else:
-        tiles = _shared(_tiles, _blocks, [(H, window_h, shift_h), (W, window_w, shift_w)], (W, W), like=q)
+        tiles = _shared(_Tiles, _blocks, [(H, window_h, shift_h), (W, window_w, shift_w)], (W, W), like=q)
     terms = None
     if bias is not None:
         rows, columns = (r + n - 1 for r, n in zip(tiles.relative, (window_h, window_w), strict=True))
@@ -330,7 +366,7 @@ def _neighborhood_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     spatial = q.shape[1:-2]
     sizes = list(zip(spatial, kernel_size, dilation, stride, (bool(c) for c in is_causal), strict=True))
-    tiles = _shared(_tiles, _neighborhoods, sizes, (spatial[-1], spatial[-1]), like=q)
+    tiles = _shared(_Tiles, _neighborhoods, sizes, (spatial[-1], spatial[-1]), like=q)
     terms = None
     if bias is not None:
         # pairs that are not seen may lie outside of the table; any element does for them
@@ -346,7 +382,7 @@ def _halo_attention(
     block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = [(q.shape[i], k.shape[i], block_size, halo_size, stride) for i in (1, 2)]
-    tiles = _shared(_tiles, _halos, sizes, (q.shape[2], k.shape[2]), like=q)
+    tiles = _shared(_Tiles, _halos, sizes, (q.shape[2], k.shape[2]), like=q)
     step, window = block_size // stride, block_size + 2 * halo_size
 
     def relative(x: Tensor) -> Tensor:
@@ -369,10 +405,12 @@ def _halo_attention(
 def _regions(x: Tensor, region: Sizes) -> tuple[Tensor, _Tiles]:
     """[B, H, W, ...] to [B, R, tokens of a region, channels], zeros outside the map."""
     H, W = x.shape[1:3]
-    tiles = _shared(_tiles, _blocks, [(H, region[0], 0), (W, region[1], 0)], (W, W), like=x)
+    tiles = _shared(_Tiles, _blocks, [(H, region[0], 0), (W, region[1], 0)], (W, W), like=x)
     x = x.flatten(1, 2).flatten(2).index_select(1, tiles.key)
-    x = x.reshape(x.shape[0], *tiles.inside.shape, x.shape[-1])
-    return torch.where(tiles.inside[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device)), tiles
+    x = x.reshape(x.shape[0], tiles.number, tiles.keys, x.shape[-1])
+    if tiles.inside is not None:
+        x = torch.where(tiles.inside.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x, tiles
 
 
 def _from_regions(x: Tensor, tiles: _Tiles, like: Tensor) -> Tensor:
@@ -386,6 +424,8 @@ def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, 
 
     def mean(x: Tensor) -> Tensor:
         tokens, tiles = _regions(x.to(compute_dtype(x)), region)
+        if tiles.inside is None:
+            return tokens.mean(2)
         return tokens.sum(2) / tiles.inside.to(tokens.dtype).sum(1, keepdim=True)
 
     affinity = mean(q) @ mean(k).transpose(1, 2)
@@ -394,7 +434,9 @@ def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, 
         order = affinity.sort(dim=-1, descending=True).indices
     else:
         order = affinity.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :topk].clone()
+    order = order.index_select(2, _arange(topk, q))
+    count = math.prod(_ceil(q.shape[i + 1], region[i]) for i in range(2))
+    return order.index_select(1, _arange(count, q)) if isinstance(count, torch.SymInt) else order
 
 
 def _routing_attention(
@@ -410,7 +452,9 @@ def _routing_attention(
     batch, count = queries.shape[:2]
     queries = queries.unflatten(-1, (heads, q.shape[4])).transpose(2, 3)
     first = _arange(batch, q) * _length(count, q)  # of every image
-    picked = (index.long() + first[:, None, None]).flatten()
+    if isinstance(count, torch.SymInt):  # the same number, of which nothing is known
+        index = index.index_select(1, _arange(count, q))
+    picked = (index.long() + first.reshape(batch, 1, 1)).flatten()
 
     def gather(x: Tensor) -> Tensor:  # [B, R, heads, topk * tokens, dim]
         tokens, _tiles = _regions(x.to(dtype), key_region)
@@ -442,26 +486,25 @@ class _Around:
     given: Tensor
 
 
-def _around(rows: Any, columns: Any, like: Tensor) -> _Around:
-    cells = (_cells(n, 3, like) for n in (rows, columns))
-    down, right = (_within(x + step - 1, _length(n, like)) for (x, step), n in zip(cells, (rows, columns), strict=True))
-    number = _product(down[1], right[1], lambda r, c: r * _length(columns, like) + c)  # [cells, 9]
+def _around(sizes: Sequence[Any], like: Tensor) -> _Around:
+    cells = (_cells(n, 3, like) for n in sizes)
+    down, right = (_within(x + (step - 1), _length(n, like)) for (x, step), n in zip(cells, sizes, strict=True))
+    number = _product(down[1] * _factor(sizes[1], like), right[1], torch.add)  # [cells, 9]
     seen = _product(down[0], right[0], torch.logical_and)
-    return _Around(number.flatten(), seen[..., None], (number * 9 + 8 - _arange(9, like)).flatten())
+    return _Around(number.flatten(), seen.unsqueeze(-1), (number * 9 + (8 - _arange(9, like))).flatten())
 
 
 def _spread(tokens: Tensor, around: _Around) -> Tensor:
-    """[B, hh, ww, C] to the nine tokens around each cell, zeros outside: [B, hh * ww, 9, C]."""
-    x = tokens.flatten(1, 2).index_select(1, around.token)
+    """[B, cells, C] to the nine tokens around each cell, zeros outside: [B, cells, 9, C]."""
+    x = tokens.index_select(1, around.token)
     x = x.reshape(x.shape[0], around.inside.shape[0], 9, x.shape[-1])
     return torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _collect(parts: Tensor, around: _Around, like: Tensor) -> Tensor:
-    """The inverse: what every token gets from the cells around it, [B, hh * ww, 9, C] to [B, hh, ww, C] like `like`."""
+def _collect(parts: Tensor, around: _Around) -> Tensor:
+    """The inverse: what every token gets from the cells around it, [B, cells, 9, C] to [B, cells, C]."""
     x = parts.flatten(1, 2).index_select(1, around.given).reshape(parts.shape)
-    x = torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x.sum(2).reshape(*like.shape[:3], x.shape[-1])
+    return torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(2)
 
 
 def _super_token_sampling(
@@ -471,21 +514,28 @@ def _super_token_sampling(
 
     size, dtype = (token_height, token_width), compute_dtype(x)
     pixels, tiles = _regions(x.to(dtype), size)  # [B, cells, pixels of a cell, C]
-    rows, columns = (_ceil(x.shape[i + 1], size[i]) for i in range(2))
-    tokens = pixels.mean(2).reshape(x.shape[0], rows, columns, x.shape[-1])
-    around = _shared(_around, rows, columns, like=x)
+    tokens = pixels.mean(2)
     affinity = mass = tokens
     for _iteration in range(n_iter):
-        affinity = (pixels @ _spread(tokens, around).transpose(-2, -1) * scale).softmax(-1)
-        mass = _collect(affinity.sum(2).unsqueeze(-1), around, tokens) + EPS
-        tokens = _collect(affinity.transpose(-2, -1) @ pixels, around, tokens) / mass
+        affinity = (pixels @ _spread(tokens, tiles.around).transpose(-2, -1) * scale).softmax(-1)
+        mass = _collect(affinity.sum(2).unsqueeze(-1), tiles.around) + EPS
+        tokens = _collect(affinity.transpose(-2, -1) @ pixels, tiles.around) / mass
+    rows, columns = (_ceil(x.shape[i + 1], size[i]) for i in range(2))
+    tokens, mass = (_on_grid(t, rows, columns) for t in (tokens, mass))
     return tokens.to(x.dtype), _from_regions(affinity, tiles, x).to(x.dtype), mass
+
+
+def _on_grid(tokens: Tensor, rows: Any, columns: Any) -> Tensor:
+    """[B, rows * columns, C] to [B, rows, columns, C]."""
+    count = rows * columns
+    if isinstance(count, torch.SymInt):  # the same number, of which nothing was known
+        tokens = tokens.index_select(1, _arange(count, tokens))
+    return tokens.reshape(tokens.shape[0], rows, columns, tokens.shape[-1])
 
 
 def _super_token_mapping(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, *_: Any) -> Tensor:
     weights, tiles = _regions(affinity.to(compute_dtype(tokens)), (token_height, token_width))
-    around = _shared(_around, tokens.shape[1], tokens.shape[2], like=tokens)
-    out = weights @ _spread(tokens.to(weights.dtype), around)
+    out = weights @ _spread(tokens.to(weights.dtype).flatten(1, 2), tiles.around)
     return _from_regions(out, tiles, affinity).to(tokens.dtype)
 
 
