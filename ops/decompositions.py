@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
-from ._checks import compute_dtype
+from ._checks import compute_dtype, cover
 
 __all__ = ["DECOMPOSITIONS", "decompose", "table"]
 
@@ -169,13 +169,9 @@ def _cells(count: Any, size: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return _arange(count, like).unsqueeze(1), _arange(size, like)
 
 
-def _ceil(size: Any, divisor: Any) -> Any:
-    return (size + divisor - 1) // divisor
-
-
 def _divides(divisor: Any, size: Any) -> bool:
     """Whether it is known to."""
-    return statically_known_true(size % divisor == 0)
+    return statically_known_true(size // divisor * divisor == size)
 
 
 def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +184,7 @@ def _blocks(length: Any, size: Any, first: int, like: Tensor) -> _Axis:
     if isinstance(size, torch.SymInt):
         return _regions_of(length, size, like)
     begin = first - size if first else 0
-    tile, number = _cells(_unasked(_ceil(length - begin, size), like), size, like)
+    tile, number = _cells(_unasked(cover(length - begin, size), like), size, like)
     place = _arange(length, like)
     return _same(tile * size + (number + begin), size, length, place - begin if begin else place, _divides(size, length))
 
@@ -196,7 +192,7 @@ def _blocks(length: Any, size: Any, first: int, like: Tensor) -> _Axis:
 def _regions_of(length: Any, size: Any, like: Tensor) -> _Axis:
     """Windows whose size is a symbol too."""
     whole = _divides(size, length)
-    tiles = length // size if whole else _ceil(length, size)
+    tiles = cover(length, size)
     tiles = int(tiles) if has_static_value(tiles) else _unasked(tiles, like)
     count = _unasked(size, like)
     tile, number = _cells(tiles, count, like)
@@ -207,7 +203,7 @@ def _regions_of(length: Any, size: Any, like: Tensor) -> _Axis:
 
 def _grid(length: Any, size: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens spread over the axis, ceil(length / size) apart."""
-    tiles = _unasked(_ceil(length, size), like)
+    tiles = _unasked(cover(length, size), like)
     apart = _factor(tiles, like)
     tile, number = _cells(tiles, size, like)
     position = _arange(length, like)
@@ -230,11 +226,11 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
 
     See `axis_windows` in neighborhood/reference.py, whose formulas these are.
     """
-    longest = _ceil(length, dilation)
+    longest = cover(length, dilation)
     size = min(_TILE, longest) if isinstance(longest, int) else _TILE
     span = size + kernel - 1 + stride - 1
     span = min(span, longest) if isinstance(longest, int) else span
-    per_phase = _unasked(_ceil(longest, size), like)
+    per_phase = _unasked(cover(longest, size), like)
     tokens = _length(length, like)  # of a phase, here if there is but one
     place = _arange(length, like)
     tile, number = _cells(per_phase * dilation, size, like)
@@ -267,7 +263,7 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
 def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: Tensor) -> _Axis:
     """Blocks of queries, of a map that is `stride` times smaller, and the keys of the block and its halo."""
     step, window = block // stride, block + 2 * halo
-    tiles = _unasked(_ceil(length, block), like)
+    tiles = _unasked(cover(length, block), like)
     tile, number = _cells(tiles, step, like)
     keys = _arange(window, like)
     query = (tile * step + number).minimum(_length(queries, like) - 1)
@@ -435,7 +431,7 @@ def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, 
     else:
         order = affinity.sort(dim=-1, descending=True, stable=True).indices
     order = order.index_select(2, _arange(topk, q))
-    count = math.prod(_ceil(q.shape[i + 1], region[i]) for i in range(2))
+    count = math.prod(cover(q.shape[i + 1], region[i]) for i in range(2))
     return order.index_select(1, _arange(count, q)) if isinstance(count, torch.SymInt) else order
 
 
@@ -445,7 +441,7 @@ def _routing_attention(
     region, dtype, heads = (region_height, region_width), compute_dtype(q), q.shape[3]
     key_region = region
     if not _same_map(q, k):
-        rows, columns = (_ceil(q.shape[i + 1], region[i]) for i in range(2))
+        rows, columns = (cover(q.shape[i + 1], region[i]) for i in range(2))
         key_region = (k.shape[1] // rows, k.shape[2] // columns)
     topk = index.shape[2]
     queries, tiles = _regions(q.to(dtype), region)
@@ -520,7 +516,7 @@ def _super_token_sampling(
         affinity = (pixels @ _spread(tokens, tiles.around).transpose(-2, -1) * scale).softmax(-1)
         mass = _collect(affinity.sum(2).unsqueeze(-1), tiles.around) + EPS
         tokens = _collect(affinity.transpose(-2, -1) @ pixels, tiles.around) / mass
-    rows, columns = (_ceil(x.shape[i + 1], size[i]) for i in range(2))
+    rows, columns = (cover(x.shape[i + 1], size[i]) for i in range(2))
     tokens, mass = (_on_grid(t, rows, columns) for t in (tokens, mass))
     return tokens.to(x.dtype), _from_regions(affinity, tiles, x).to(x.dtype), mass
 
