@@ -103,7 +103,10 @@ class _Tiles:
         rows, columns = made
         query_width, key_width = (_factor(w, like) for w in widths)
         self.query = _product(rows.query * query_width, columns.query, torch.add).flatten()
-        self.key = _product(rows.key * key_width, columns.key, torch.add).flatten()
+        if all(a.key is a.query for a in made):
+            self.key = self.query
+        else:
+            self.key = _product(rows.key * key_width, columns.key, torch.add).flatten()
         n, m, across = rows.query.shape[1], columns.query.shape[1], columns.query.shape[0]
         n, m, across = (_factor(size, like) for size in (n, m, across))
         # the number of a row's first query, and what a column adds to it
@@ -174,8 +177,10 @@ def _divides(divisor: Any, size: Any) -> bool:
     return statically_known_true(size // divisor * divisor == size)
 
 
-def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens an axis has, and the nearest one that it has."""
+def _within(token: Tensor, length: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Which tokens an axis has, and the nearest one that it has; `first` is negative where tokens may be."""
+    if first >= 0:
+        return token < length, token.minimum(length - 1)
     return (token >= 0) & (token < length), token.clamp(min=0).minimum(length - 1)
 
 
@@ -185,8 +190,10 @@ def _blocks(length: Any, size: Any, first: int, like: Tensor) -> _Axis:
         return _regions_of(length, size, like)
     begin = first - size if first else 0
     tile, number = _cells(_unasked(cover(length - begin, size), like), size, like)
-    place = _arange(length, like)
-    return _same(tile * size + (number + begin), size, length, place - begin if begin else place, _divides(size, length))
+    token, place = tile * size + number, _arange(length, like)
+    if begin:
+        token, place = token + begin, place - begin
+    return _same(token, number, length, place, begin, not begin and _divides(size, length))
 
 
 def _regions_of(length: Any, size: Any, like: Tensor) -> _Axis:
@@ -208,16 +215,15 @@ def _grid(length: Any, size: int, like: Tensor) -> _Axis:
     tile, number = _cells(tiles, size, like)
     position = _arange(length, like)
     place = position % apart * size + position // apart
-    return _same(tile + number * apart, size, length, place, _divides(size, length))
+    return _same(tile + number * apart, number, length, place, 0, _divides(size, length))
 
 
-def _same(token: Tensor, size: int, length: Any, place: Tensor, whole: bool) -> _Axis:
-    """Tiles whose queries are their keys; `whole` if they all are tokens, where tiles begin at zero."""
-    number = _arange(size, token)
+def _same(token: Tensor, number: Tensor, length: Any, place: Tensor, first: int, whole: bool) -> _Axis:
+    """Tiles whose queries are their keys, the first of them at `first`; `whole` if they have no other tokens."""
     relative = number - number.unsqueeze(1)
     if whole:
         return _Axis(token, token, None, None, relative, place)
-    inside, token = _within(token, _length(length, token))
+    inside, token = _within(token, _length(length, token), first)
     return _Axis(token, token, inside, inside.unsqueeze(1), relative, place)
 
 
@@ -267,7 +273,7 @@ def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: 
     tile, number = _cells(tiles, step, like)
     keys = _arange(window, like)
     query = (tile * step + number).minimum(_length(queries, like) - 1)
-    inside, key = _within(tile * block + (keys - halo), _length(length, like))
+    inside, key = _within(tile * block + (keys - halo), _length(length, like), -halo)
     return _Axis(query, key, inside, inside.unsqueeze(1), keys - number.unsqueeze(1), _arange(queries, like))
 
 
@@ -293,28 +299,44 @@ def _shared(make: Callable[..., Any], *sizes: Any, like: Tensor) -> Any:
     return known[key]
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which leaves nothing in a trace where it is of that dtype."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, tiles: _Tiles, terms: Tensor | None, scale: float,
+    q: Tensor, k: Tensor | None, v: Tensor | None, tiles: _Tiles, terms: Tensor | None, scale: float,
     hide: bool = True, extra: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention in tiles: the output and the log-sum-exp, of q's shape up to the last axis.
 
     Args:
-        q, k, v: [B, spatial axes, heads, dim].
+        q, k, v: [B, spatial axes, heads, dim]; or q alone, all three in [B, spatial axes, 3, heads, dim].
         tiles: the tiles of that map.
         terms: added to the logits, [heads, queries, keys] or [tiles, heads, queries, keys].
         scale: of the products.
         hide: keys that are not seen stay out; otherwise those outside the map are keys and values of zeros.
         extra: from q in tiles, [B, tiles, heads, queries, dim], to what is added to the logits.
     """
-    given, dtype, shape = q.dtype, compute_dtype(q), q.shape
-    number, heads, queries, keys = tiles.number, shape[-2], tiles.queries, tiles.keys
+    given, dtype = q.dtype, compute_dtype(q)
+    batch, spatial, heads = q.shape[0], q.shape[1 : 1 + len(tiles.axes)], q.shape[-2]
+    number, queries, keys = tiles.number, tiles.queries, tiles.keys
 
-    def cut(x: Tensor, index: Tensor, count: int) -> Tensor:
-        x = x.to(dtype).flatten(1, -3).index_select(1, index)
-        return x.reshape(shape[0], number, count, heads, x.shape[-1]).transpose(2, 3)
+    def cut(x: Tensor, index: Tensor, count: Any) -> Sequence[Tensor]:  # those in x, [B, tiles, heads, count, dim]
+        several = x.shape[1 + len(spatial) : -2]
+        x = _as(x, dtype).flatten(1, len(spatial)) if len(spatial) > 1 else _as(x, dtype)
+        x = x.index_select(1, index).reshape(batch, number, count, *several, heads, x.shape[-1])
+        return x.permute(3, 0, 1, 4, 2, 5).unbind(0) if several else (x.transpose(2, 3),)
 
-    q, k, v = cut(q, tiles.query, queries), cut(k, tiles.key, keys), cut(v, tiles.key, keys)
+    if k is None or v is None:
+        if tiles.key is tiles.query:
+            q, k, v = cut(q, tiles.key, keys)
+        else:
+            axis = q.dim() - 3
+            k, v = cut(q.narrow(axis, 1, 2), tiles.key, keys)
+            (q,) = cut(q.select(axis, 0), tiles.query, queries)
+    else:
+        (q,), (k,), (v,) = cut(q, tiles.query, queries), cut(k, tiles.key, keys), cut(v, tiles.key, keys)
     if not hide and tiles.inside is not None:
         inside = tiles.inside.reshape(number, 1, keys, 1)
         k, v = (torch.where(inside, x, torch.zeros((), dtype=dtype, device=x.device)) for x in (k, v))
@@ -327,21 +349,22 @@ def _attend(
         logits = logits.masked_fill(~tiles.seen.unsqueeze(1), float("-inf"))
 
     def back(x: Tensor) -> Tensor:
-        x = x.transpose(2, 3).reshape(shape[0], number * queries, heads, x.shape[-1])
-        return x.index_select(1, tiles.place).reshape(*shape[:-1], x.shape[-1])
+        x = x.transpose(2, 3).reshape(batch, number * queries, heads, x.shape[-1])
+        return x.index_select(1, tiles.place).reshape(batch, *spatial, heads, x.shape[-1])
 
-    return back(logits.softmax(-1) @ v).to(given), back(logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+    out = back(logits.softmax(-1) @ v)
+    return _as(out, given), back(logits.logsumexp(-1, keepdim=True)).squeeze(-1)
 
 
 def _bias(bias: Tensor, number: Tensor, q: Tensor) -> Tensor:
     """The elements of bias [heads, ...] with these numbers [..., queries, keys]: [..., heads, queries, keys]."""
-    table = bias.to(compute_dtype(q)).flatten(1)
+    table = _as(bias, compute_dtype(q)).flatten(1)
     picked = table.index_select(1, number.flatten()).reshape(table.shape[0], *number.shape)
     return picked if number.dim() == 2 else picked.transpose(0, 1)
 
 
 def _window_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None,
     window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, W = q.shape[1:3]
@@ -357,10 +380,10 @@ def _window_attention(
 
 
 def _neighborhood_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None,
     kernel_size: Sizes, dilation: Sizes, stride: Sizes, is_causal: Sizes, scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    spatial = q.shape[1:-2]
+    spatial = q.shape[1 : 1 + len(kernel_size)]
     sizes = list(zip(spatial, kernel_size, dilation, stride, (bool(c) for c in is_causal), strict=True))
     tiles = _shared(_Tiles, _neighborhoods, sizes, (spatial[-1], spatial[-1]), like=q)
     terms = None
@@ -388,7 +411,7 @@ def _halo_attention(
         total: Any = 0
         for i, table, equation in ((0, rel_height, "bthxyd,xid->bthxyi"), (1, rel_width, "bthxyd,yid->bthxyi")):
             if table is not None:
-                rows = table.to(x.dtype).index_select(0, (tiles.relative[i] + window - 1).flatten())
+                rows = _as(table, x.dtype).index_select(0, (tiles.relative[i] + window - 1).flatten())
                 part = torch.einsum(equation, x, rows.reshape(step, window, dim))
                 total = total + part.unsqueeze(-1 - i)
         total = total.expand(batch, number, heads, step, step, window, window)
@@ -419,10 +442,10 @@ def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, 
     region = (region_height, region_width)
 
     def mean(x: Tensor) -> Tensor:
-        tokens, tiles = _regions(x.to(compute_dtype(x)), region)
+        tokens, tiles = _regions(_as(x, compute_dtype(x)), region)
         if tiles.inside is None:
             return tokens.mean(2)
-        return tokens.sum(2) / tiles.inside.to(tokens.dtype).sum(1, keepdim=True)
+        return tokens.sum(2) / _as(tiles.inside, tokens.dtype).sum(1, keepdim=True)
 
     affinity = mean(q) @ mean(k).transpose(1, 2)
     # On a CPU every sort is stable, and ONNX has one without that word, whose ties are in order too.
@@ -444,7 +467,7 @@ def _routing_attention(
         rows, columns = (cover(q.shape[i + 1], region[i]) for i in range(2))
         key_region = (k.shape[1] // rows, k.shape[2] // columns)
     topk = index.shape[2]
-    queries, tiles = _regions(q.to(dtype), region)
+    queries, tiles = _regions(_as(q, dtype), region)
     batch, count = queries.shape[:2]
     queries = queries.unflatten(-1, (heads, q.shape[4])).transpose(2, 3)
     first = _arange(batch, q) * _length(count, q)  # of every image
@@ -453,7 +476,7 @@ def _routing_attention(
     picked = (index.long() + first.reshape(batch, 1, 1)).flatten()
 
     def gather(x: Tensor) -> Tensor:  # [B, R, heads, topk * tokens, dim]
-        tokens, _tiles = _regions(x.to(dtype), key_region)
+        tokens, _tiles = _regions(_as(x, dtype), key_region)
         picks = tokens.flatten(0, 1).index_select(0, picked)
         return picks.reshape(batch, count, topk * tokens.shape[2], heads, x.shape[4]).transpose(2, 3)
 
@@ -461,7 +484,7 @@ def _routing_attention(
     out = (logits.softmax(-1) @ gather(v)).transpose(2, 3).flatten(3)
     lse = logits.logsumexp(-1).transpose(2, 3)
     out, lse = (_from_regions(x, tiles, q) for x in (out, lse))
-    return out.unflatten(-1, (heads, v.shape[4])).to(q.dtype), lse
+    return _as(out.unflatten(-1, (heads, v.shape[4])), q.dtype), lse
 
 
 def _same_map(q: Tensor, k: Tensor) -> bool:
@@ -484,7 +507,7 @@ class _Around:
 
 def _around(sizes: Sequence[Any], like: Tensor) -> _Around:
     cells = (_cells(n, 3, like) for n in sizes)
-    down, right = (_within(x + (step - 1), _length(n, like)) for (x, step), n in zip(cells, sizes, strict=True))
+    down, right = (_within(x + (step - 1), _length(n, like), -1) for (x, step), n in zip(cells, sizes, strict=True))
     number = _product(down[1] * _factor(sizes[1], like), right[1], torch.add)  # [cells, 9]
     seen = _product(down[0], right[0], torch.logical_and)
     return _Around(number.flatten(), seen.unsqueeze(-1), (number * 9 + (8 - _arange(9, like))).flatten())
@@ -509,7 +532,7 @@ def _super_token_sampling(
     from .super_token.reference import EPS  # which is imported after this file
 
     size, dtype = (token_height, token_width), compute_dtype(x)
-    pixels, tiles = _regions(x.to(dtype), size)  # [B, cells, pixels of a cell, C]
+    pixels, tiles = _regions(_as(x, dtype), size)  # [B, cells, pixels of a cell, C]
     tokens = pixels.mean(2)
     affinity = mass = tokens
     for _iteration in range(n_iter):
@@ -518,7 +541,7 @@ def _super_token_sampling(
         tokens = _collect(affinity.transpose(-2, -1) @ pixels, tiles.around) / mass
     rows, columns = (cover(x.shape[i + 1], size[i]) for i in range(2))
     tokens, mass = (_on_grid(t, rows, columns) for t in (tokens, mass))
-    return tokens.to(x.dtype), _from_regions(affinity, tiles, x).to(x.dtype), mass
+    return _as(tokens, x.dtype), _as(_from_regions(affinity, tiles, x), x.dtype), mass
 
 
 def _on_grid(tokens: Tensor, rows: Any, columns: Any) -> Tensor:
@@ -530,16 +553,16 @@ def _on_grid(tokens: Tensor, rows: Any, columns: Any) -> Tensor:
 
 
 def _super_token_mapping(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, *_: Any) -> Tensor:
-    weights, tiles = _regions(affinity.to(compute_dtype(tokens)), (token_height, token_width))
-    out = weights @ _spread(tokens.to(weights.dtype).flatten(1, 2), tiles.around)
-    return _from_regions(out, tiles, affinity).to(tokens.dtype)
+    weights, tiles = _regions(_as(affinity, compute_dtype(tokens)), (token_height, token_width))
+    out = weights @ _spread(_as(tokens, weights.dtype).flatten(1, 2), tiles.around)
+    return _as(_from_regions(out, tiles, affinity), tokens.dtype)
 
 
 def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: Any) -> tuple[Tensor, Tensor]:
     given, dtype = q.dtype, compute_dtype(q)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dim]
+    q, k, v = (_as(x, dtype).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dim]
     maps = ((k * scale).transpose(-2, -1) @ v).softmax(-1)
-    return (q @ maps.transpose(-2, -1)).transpose(1, 2).to(given).contiguous(), maps
+    return _as((q @ maps.transpose(-2, -1)).transpose(1, 2), given).contiguous(), maps
 
 
 def _large_kernel_attention(
@@ -547,39 +570,45 @@ def _large_kernel_attention(
     conv_spatial_bias: Tensor | None, conv1_weight: Tensor, conv1_bias: Tensor | None, dilation: int, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(x)
-    y = x.to(dtype)
+    y = _as(x, dtype)
     for weight, bias, steps in ((conv0_weight, conv0_bias, 1), (conv_spatial_weight, conv_spatial_bias, dilation)):
         padding = [steps * (n // 2) for n in weight.shape[-2:]]
-        bias = None if bias is None else bias.to(dtype)
-        y = F.conv2d(y, weight.to(dtype), bias, padding=padding, dilation=steps, groups=weight.shape[0])
-    gate = F.conv2d(y, conv1_weight.to(dtype), None if conv1_bias is None else conv1_bias.to(dtype))
-    return (x.to(dtype) * gate).to(x.dtype), y
+        bias = None if bias is None else _as(bias, dtype)
+        y = F.conv2d(y, _as(weight, dtype), bias, padding=padding, dilation=steps, groups=weight.shape[0])
+    gate = F.conv2d(y, _as(conv1_weight, dtype), None if conv1_bias is None else _as(conv1_bias, dtype))
+    return _as(_as(x, dtype) * gate, x.dtype), y
 
 
 def _pad_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
     """Zeros around a map, by index: PyTorch's padding asks whether a size is one."""
     for axis, size, first in ((1, height, top), (2, width, left)):
-        inside, place = _within(_arange(size, x) - first, _length(x.shape[axis], x))
-        shown = inside[:, None, None] if axis == 1 else inside[:, None]
+        if statically_known_true(size == x.shape[axis]):
+            continue
+        place = _arange(size, x)
+        some = not statically_known_true(first == 0)
+        inside, place = _within(place - first if some else place, _length(x.shape[axis], x), -1 if some else 0)
+        shown = inside.reshape(size, 1, 1) if axis == 1 else inside.unsqueeze(1)
         x = torch.where(shown, x.index_select(axis, place), torch.zeros((), dtype=x.dtype, device=x.device))
     return x
 
 
 def _crop_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
-    return x.index_select(1, _arange(height, x) + top).index_select(2, _arange(width, x) + left)
+    for axis, size, first in ((1, height, top), (2, width, left)):
+        if not statically_known_true(size == x.shape[axis]):
+            place = _arange(size, x)
+            x = x.index_select(axis, place if statically_known_true(first == 0) else place + first)
+    return x
 
 
 def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
-    def unpacked(qkv: Tensor, *rest: Any) -> Any:
-        return function(*qkv.unbind(-3), *rest)
-
-    return unpacked
+    """From the form on q, k and v, which takes them in one tensor too."""
+    return lambda qkv, *rest: function(qkv, None, None, *rest)
 
 
 # The name of a registered op -> its ATen form, which takes the op's arguments, the backend if any.
 DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "channel_attention": _channel_attention,
-    "channel_attention_qkvpacked": _packed(_channel_attention),
+    "channel_attention_qkvpacked": lambda qkv, *rest: _channel_attention(*qkv.unbind(-3), *rest),
     "crop_map": _crop_map,
     "halo_attention": _halo_attention,
     "large_kernel_attention": _large_kernel_attention,
