@@ -36,6 +36,7 @@ _EXPORTER = "attention-zoo"
 # of an export, in any format
 _FILES = ("config.json", "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "README.md")
 _PREPARED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what timm says of images
+_LIBRARIES = {"onnx": "onnx", "pt2": "pytorch", "aoti": "pytorch"}  # that load a program, as the hub calls them
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -431,6 +432,7 @@ def _write_program(exported: Exported, folder: Path, config: ExportConfig) -> No
     spatial = "any height and width" if dynamic == "all" else f"{form.size[0]} x {form.size[1]}"
     exported.program.update(
         {
+            "format": config.format,
             "images": f"{batch} x {channels} x {spatial}, {config.dtype}",
             "outputs": ", ".join(exported.outputs),
             **({"strides": ", ".join(map(str, exported.strides))} if exported.strides else {}),
@@ -527,7 +529,9 @@ def _card(exported: Exported, usage: list[str] | None = None) -> str:
         "paper": (cfg.paper_name if cfg else None) or "-",
         "original code": (cfg.origin_url if cfg else None) or "-",
     }
-    front = ["---", "library_name: timm", "tags:", "- image-classification", "- timm", "- attention-zoo", "---"]
+    library = _LIBRARIES.get(exported.program.get("format", ""), "timm")
+    task = "image-classification" if "logits" in exported.outputs else "image-feature-extraction"
+    front = ["---", f"library_name: {library}", "tags:", *(f"- {x}" for x in (task, library, _EXPORTER)), "---"]
     rows = [f"| {key} | {value} |" for key, value in facts.items()]
     timm_usage = [
         "import timm, zoo",
