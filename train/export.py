@@ -155,6 +155,8 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
     ):  # fmt: skip
         if value not in choices:
             raise UserError(f"{key}={value!r} is not known; the choices are {', '.join(choices)}")
+    if config.img_size:
+        _image_size(config.img_size)
     for key, formats in _ONLY.items():
         if getattr(config, key) != getattr(ExportConfig(), key) and config.format not in formats:
             raise UserError(f"{key}= is of format={' or '.join(formats)}, not of format={config.format}; leave it out")
@@ -336,8 +338,12 @@ def _of_detector(run: Run, config: ExportConfig) -> Exported:
     if config.features or config.weights == "ema":
         key = "features=" if config.features else "weights=ema"
         raise UserError(f"{key} is of classifiers; the run of a detector gives the maps of its neck; leave it out")
-    from zoo.train.detection.export import backbone_and_neck
-
+    try:
+        from zoo.train.detection.export import backbone_and_neck
+    except ImportError as error:
+        if error.name is None or error.name.startswith("zoo"):
+            raise
+        raise UserError(f'the package {error.name} is missing; pip install "attention-zoo[detection]"') from error
     found = backbone_and_neck(run, config.checkpoint)
     return Exported(
         found.name,

@@ -27,6 +27,7 @@ ONCE: dict[str, dict[str, Any]] = {
     "maxvit": {"depths": (1,), "embed_dims": (32,)},
     "davit": {"depths": (1,), "embed_dims": (16,), "num_heads": (2,)},
     "biformer": {"depths": (1, 1), "embed_dims": (16, 16), "topks": (2, -2)},
+    "van": {"depths": (1, 1), "embed_dims": (8, 16), "mlp_ratios": (8, 4)},
     "stvit": {"depths": (1, 1), "embed_dim": (16, 16), "num_heads": (1, 2), "stoken_size": (8, 1), "n_iter": (2, 1)},
 }
 SIZE = (96, 128)
