@@ -338,12 +338,8 @@ def _of_detector(run: Run, config: ExportConfig) -> Exported:
     if config.features or config.weights == "ema":
         key = "features=" if config.features else "weights=ema"
         raise UserError(f"{key} is of classifiers; the run of a detector gives the maps of its neck; leave it out")
-    try:
-        from zoo.train.detection.export import backbone_and_neck
-    except ImportError as error:
-        if error.name is None or error.name.startswith("zoo"):
-            raise
-        raise UserError(f'the package {error.name} is missing; pip install "attention-zoo[detection]"') from error
+    from zoo.train.detection.export import backbone_and_neck
+
     found = backbone_and_neck(run, config.checkpoint)
     return Exported(
         found.name,
