@@ -116,28 +116,29 @@ class _Tiles:
 
     @cached_property
     def inside(self) -> Tensor | None:
-        return self._all([a.inside for a in self.axes], self.number, self.keys)
+        return self._all([a.inside for a in self.axes])
 
     @cached_property
     def seen(self) -> Tensor | None:
-        queries = math.prod(1 if a.seen is None else a.seen.shape[1] for a in self.axes)
-        return self._all([a.seen for a in self.axes], self.number, queries, self.keys)
+        return self._all([a.seen for a in self.axes])
 
     @cached_property
     def around(self) -> "_Around":
         return _around([a.key.shape[0] for a in self.axes], self.key)
 
-    def _all(self, masks: Sequence[Tensor | None], *shape: Any) -> Tensor | None:
-        """What holds along every axis."""
-        if all(x is None for x in masks):
-            return None
-        if len(masks) == 1:
+    def _all(self, masks: Sequence[Tensor | None]) -> Tensor | None:
+        """What holds along every axis; None stands for all."""
+        known = [x for x in masks if x is not None]
+        if len(known) == 0 or len(masks) == 1:
             return masks[0]
-        whole = []
-        for a, x in zip(self.axes, masks, strict=True):
-            ones = (a.key.shape[0], 1, a.key.shape[1]) if len(shape) == 3 else a.key.shape
-            whole.append(torch.ones(ones, dtype=torch.bool, device=a.key.device) if x is None else x)
-        return _product(*whole, torch.logical_and)
+        middle = [1] * (known[0].dim() - 2)  # queries, where they are told apart
+        rows, columns = (
+            torch.ones((a.key.shape[0], *middle, a.key.shape[1]), dtype=torch.bool, device=a.key.device)
+            if x is None
+            else x
+            for a, x in zip(self.axes, masks, strict=True)
+        )
+        return _product(rows, columns, torch.logical_and)
 
 
 def _arange(size: Any, like: Tensor) -> Tensor:
