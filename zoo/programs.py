@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import UserError, first_line
 from .ops.decompositions import decompose
 
-__all__ = ["DYNAMIC", "PROGRAMS", "Form", "Parity", "check_parity", "has_compiler", "write_program"]
+__all__ = ["DYNAMIC", "PROGRAMS", "Form", "Parity", "check_parity", "has_compiler", "modules_of", "write_program"]
 
 DYNAMIC = {
     "auto": "batch, height and width, or what the model allows",
@@ -167,7 +167,7 @@ def check_parity(kind: str, file: Path, model: nn.Module, form: Form) -> Parity:
     """
     generator = torch.Generator().manual_seed(int.from_bytes(file.name.encode(), "big") % 2**31)
     images = [torch.randn(shape, generator=generator).to(form.dtype) for shape in form.shapes]
-    made = _replay(kind, file, images, form)
+    made = _replay(kind, file, images, form, () if kind == "onnx" else modules_of(model, form.decompose))
     worst = Parity(0.0, 0.0, _SLACK[form.dtype], form.shapes)
     model = model.to(form.dtype)
     exact_model = copy.deepcopy(model).double()
@@ -199,15 +199,14 @@ def _several(y: Any) -> list[Tensor]:
     return list(y) if isinstance(y, list | tuple) else [y]
 
 
-def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form) -> list[list[Tensor]]:
-    module = ["zoo.ops"] if kind in ("pt2", "aoti") and not form.decompose else []
+def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form, modules: Sequence[str]) -> list[list[Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
         arrays: dict[str, Any] = {str(i): x.numpy() for i, x in enumerate(images)}
         np.savez(inputs, **arrays)
         script = Path(__file__).with_name("replay.py")
         # -P: the script's folder, which has modules of many names, is not where it imports from
-        command = [sys.executable, "-P", str(script), kind, str(file), str(inputs), str(outputs), *module]
+        command = [sys.executable, "-P", str(script), kind, str(file), str(inputs), str(outputs), *modules]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
@@ -218,6 +217,14 @@ def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form) -> list
             count = len(form.outputs)
             keys = [[f"{i}.{j}" for j in range(count) if f"{i}.{j}" in made.files] for i in range(len(images))]
             return [[torch.from_numpy(made[key]) for key in names] for names in keys]
+
+
+def modules_of(model: nn.Module, decompose: bool) -> list[str]:
+    """What is imported before a program of PyTorch's is loaded: the operators of others that it calls."""
+    from .models.litv2 import DeformConv2dPack  # whose convolution is torchvision's
+
+    deformable = any(isinstance(module, DeformConv2dPack) for module in model.modules())
+    return ["zoo.ops"] * (not decompose) + ["torchvision"] * deformable
 
 
 @contextmanager
