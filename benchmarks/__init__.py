@@ -1,4 +1,4 @@
-"""What the ops and the models are measured with, in a checkout: python -m benchmarks.ops | models | gpu | digits."""
+"""What the ops and the models are measured with, in a checkout: python -m benchmarks.NAME (README.md lists them)."""
 
 from pathlib import Path
 

@@ -114,7 +114,7 @@ class BiLevelRoutingAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _, H, W, nh, _ = q.shape
         n = self.n_win
-        topk = _fitting(self.topk, n, H, W)
+        topk = _fitting(self.topk, n, H, W) if self.pad_keys else min(self.topk, n * n)
         v = v.unflatten(-1, (nh, -1))
         if self.soft_routing:
             return _attend_softly(q, k, v, n, topk, self.scale, self.kv_per_win, self.diff_routing)

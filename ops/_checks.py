@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
 from ._backend import cast_dtype
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_layout",
     "check_table",
     "compute_dtype",
+    "cover",
     "is_finite",
     "pair",
     "per_axis",
@@ -49,6 +51,20 @@ def is_finite(*tensors: Tensor) -> bool:
 def resolve_scale(scale: float | None, dim: int) -> float:
     """The softmax scale: dim ** -0.5 unless one is given."""
     return 1.0 / math.sqrt(dim) if scale is None else float(scale)
+
+
+def cover(size: int, side: int) -> int:
+    """How many tiles of a side cover a size: a number, also of symbols, wherever the tiles are known to fit."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (on a line of its own, as TorchScript wants it)
+        if _is_symbol(size) or _is_symbol(side):
+            whole = size // side
+            if statically_known_true(whole * side == size):
+                return whole
+    return (size + side - 1) // side
+
+
+def _is_symbol(size: int) -> bool:
+    return isinstance(size, torch.SymInt) or torch.compiler.is_compiling() and not has_static_value(size)
 
 
 def per_axis(op: str, name: str, value: int | Sequence[int], axes: int = 2, least: int = 1) -> tuple[int, ...]:

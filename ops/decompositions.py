@@ -10,6 +10,7 @@ The definitions are in `<op>/reference.py`; tests compare each decomposition wit
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
-from ._checks import compute_dtype
+from ._checks import compute_dtype, cover
 
 __all__ = ["DECOMPOSITIONS", "decompose", "table"]
 
@@ -58,23 +59,28 @@ class _Axis:
 
     query: [tiles, queries per tile].
     key: [tiles, keys per tile].
-    inside: [tiles, keys per tile], False for a key that stands for none.
-    seen: [tiles, queries per tile, keys per tile], or with 1 for the queries where they see the same.
+    inside: [tiles, keys per tile], False for a key that stands for none; None where there is no such key.
+    seen: [tiles, queries per tile, keys per tile], or with 1 for the queries where they see the same; None for all.
     relative: key - query as the bias counts it, of the shape of `seen`; or [queries per tile, keys per tile].
     place: [length], the number of every token among all queries.
     """
 
     query: Tensor
     key: Tensor
-    inside: Tensor
-    seen: Tensor
-    relative: Tensor
+    inside: Tensor | None
+    seen: Tensor | None
+    relative: Tensor | None
     place: Tensor
 
 
-@dataclass
 class _Tiles:
     """Tiles of a map, or of a sequence: the product of those along the axes, on its flattened tokens.
+
+    Args:
+        make: tiles along an axis.
+        axes: what `make` takes of each axis.
+        widths: of the maps of queries and of keys.
+        like: a tensor of the device.
 
     query: [tiles * queries per tile], key: [tiles * keys per tile].
     inside, seen: as along an axis.
@@ -82,12 +88,57 @@ class _Tiles:
     place: [tokens].
     """
 
-    query: Tensor
-    key: Tensor
-    inside: Tensor
-    seen: Tensor
-    relative: list[Tensor]
-    place: Tensor
+    def __init__(
+        self, make: Callable[..., _Axis], axes: Sequence[Sequence[Any]], widths: Sequence[Any], like: Tensor
+    ) -> None:
+        self.axes = made = [make(*sizes, like) for sizes in axes]
+        self.relative = [a.relative for a in made]
+        self.number: Any = math.prod(a.query.shape[0] for a in made)
+        self.queries: Any = math.prod(a.query.shape[1] for a in made)
+        self.keys: Any = math.prod(a.key.shape[1] for a in made)
+        if len(made) == 1:
+            (a,) = made
+            self.query, self.key, self.place = a.query.flatten(), a.key.flatten(), a.place
+            return
+        rows, columns = made
+        query_width, key_width = (_factor(w, like) for w in widths)
+        self.query = _product(rows.query * query_width, columns.query, torch.add).flatten()
+        if all(a.key is a.query for a in made):
+            self.key = self.query
+        else:
+            self.key = _product(rows.key * key_width, columns.key, torch.add).flatten()
+        n, m, across = rows.query.shape[1], columns.query.shape[1], columns.query.shape[0]
+        n, m, across = (_factor(size, like) for size in (n, m, across))
+        # the number of a row's first query, and what a column adds to it
+        row = rows.place // n * (across * (n * m)) + rows.place % n * m
+        column = columns.place // m * (n * m) + columns.place % m
+        self.place = (row.unsqueeze(1) + column).flatten()
+
+    @cached_property
+    def inside(self) -> Tensor | None:
+        return self._all([a.inside for a in self.axes])
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        return self._all([a.seen for a in self.axes])
+
+    @cached_property
+    def around(self) -> "_Around":
+        return _around([a.key.shape[0] for a in self.axes], self.key)
+
+    def _all(self, masks: Sequence[Tensor | None]) -> Tensor | None:
+        """What holds along every axis; None stands for all."""
+        known = [x for x in masks if x is not None]
+        if len(known) == 0 or len(masks) == 1:
+            return masks[0]
+        middle = [1] * (known[0].dim() - 2)  # queries, where they are told apart
+        rows, columns = (
+            torch.ones((a.key.shape[0], *middle, a.key.shape[1]), dtype=torch.bool, device=a.key.device)
+            if x is None
+            else x
+            for a, x in zip(self.axes, masks, strict=True)
+        )
+        return _product(rows, columns, torch.logical_and)
 
 
 def _arange(size: Any, like: Tensor) -> Tensor:
@@ -95,54 +146,86 @@ def _arange(size: Any, like: Tensor) -> Tensor:
 
 
 def _length(size: Any, like: Tensor) -> Tensor:
-    """A size as a tensor: ONNX has no arithmetic between tensors and sizes that are symbols."""
-    if isinstance(size, torch.SymInt):
-        return _arange(2 * size, like).amax(0, keepdim=True) // 2 + 1
-    return torch.full(
-        (1,), size, device=like.device
-    )  # a tensor of a literal is detached in place, which a trace refuses
+    """A size as a tensor [1]: ONNX has no arithmetic between tensors and sizes that are symbols."""
+    # not torch.tensor, which a trace of a literal detaches in place
+    return torch.full((1,), size, dtype=torch.int64, device=like.device)
 
 
-def _cells(count: Any, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every element of [count, size].
+def _factor(size: Any, like: Tensor) -> Any:
+    """A size to compute with."""
+    return _length(size, like) if isinstance(size, torch.SymInt) else size
 
-    A tensor of `count` elements alone would make PyTorch ask whether that is one.
+
+def _unasked(size: Any, like: Tensor) -> Any:
+    """A size that PyTorch knows nothing of, where it is a symbol: no guard asks whether it is one.
+
+    What is computed with it is simple too, where the size is a formula of the image's.
     """
-    number = _arange(count * size, like).reshape(count, size)
-    return number // size, number % size
+    if not isinstance(size, torch.SymInt):
+        return size
+    count = _length(size, like).sum().item()
+    torch._check(count >= 1)
+    return count
 
 
-def _ceil(size: Any, divisor: int) -> Any:
-    return (size + divisor - 1) // divisor
+def _cells(count: Any, size: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [count, 1] and columns [size] of [count, size]; `count` is a number, or of `_unasked`."""
+    return _arange(count, like).unsqueeze(1), _arange(size, like)
 
 
-def _within(token: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens an axis has, and the nearest one that it has."""
+def _divides(divisor: Any, size: Any) -> bool:
+    """Whether it is known to."""
+    return statically_known_true(size // divisor * divisor == size)
+
+
+def _within(token: Tensor, length: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Which tokens an axis has, and the nearest one that it has; `first` is negative where tokens may be."""
+    if first >= 0:
+        return token < length, token.minimum(length - 1)
     return (token >= 0) & (token < length), token.clamp(min=0).minimum(length - 1)
 
 
-def _blocks(length: Any, size: int, first: int, like: Tensor) -> _Axis:
+def _blocks(length: Any, size: Any, first: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens, one of which starts at `first`, 0 <= first < size."""
+    if isinstance(size, torch.SymInt):
+        return _regions_of(length, size, like)
     begin = first - size if first else 0
-    tiles = _ceil(length - begin, size)
-    tile, number = _cells(tiles, size, like)
-    return _same(tile * size + begin + number, size, length, _arange(length, like) - begin)
+    tile, number = _cells(_unasked(cover(length - begin, size), like), size, like)
+    token, place = tile * size + number, _arange(length, like)
+    if begin:
+        token, place = token + begin, place - begin
+    return _same(token, number, length, place, begin, not begin and _divides(size, length))
+
+
+def _regions_of(length: Any, size: Any, like: Tensor) -> _Axis:
+    """Windows whose size is a symbol too."""
+    whole = _divides(size, length)
+    tiles = cover(length, size)
+    tiles = int(tiles) if has_static_value(tiles) else _unasked(tiles, like)
+    count = _unasked(size, like)
+    tile, number = _cells(tiles, count, like)
+    token = tile * _factor(count, like) + number
+    inside, token = (None, token) if whole else _within(token, _length(length, like))
+    return _Axis(token, token, inside, None if inside is None else inside.unsqueeze(1), None, _arange(length, like))
 
 
 def _grid(length: Any, size: int, like: Tensor) -> _Axis:
     """Windows of `size` tokens spread over the axis, ceil(length / size) apart."""
-    tiles = _ceil(length, size)
-    apart = _length(tiles, like)
+    tiles = _unasked(cover(length, size), like)
+    apart = _factor(tiles, like)
     tile, number = _cells(tiles, size, like)
     position = _arange(length, like)
-    return _same(tile + number * apart, size, length, position % apart * size + position // apart)
+    place = position % apart * size + position // apart
+    return _same(tile + number * apart, number, length, place, 0, _divides(size, length))
 
 
-def _same(token: Tensor, size: int, length: Any, place: Tensor) -> _Axis:
-    """Tiles whose queries are their keys."""
-    inside, token = _within(token, _length(length, token))
-    number = _arange(size, token)
-    return _Axis(token, token, inside, inside[:, None], number - number[:, None], place)
+def _same(token: Tensor, number: Tensor, length: Any, place: Tensor, first: int, whole: bool) -> _Axis:
+    """Tiles whose queries are their keys, the first of them at `first`; `whole` if they have no other tokens."""
+    relative = number - number.unsqueeze(1)
+    if whole:
+        return _Axis(token, token, None, None, relative, place)
+    inside, token = _within(token, _length(length, token), first)
+    return _Axis(token, token, inside, inside.unsqueeze(1), relative, place)
 
 
 def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal: bool, like: Tensor) -> _Axis:
@@ -150,88 +233,57 @@ def _neighborhoods(length: Any, kernel: int, dilation: int, stride: int, causal:
 
     See `axis_windows` in neighborhood/reference.py, whose formulas these are.
     """
-    longest = _ceil(length, dilation)
+    longest = cover(length, dilation)
     size = min(_TILE, longest) if isinstance(longest, int) else _TILE
     span = size + kernel - 1 + stride - 1
     span = min(span, longest) if isinstance(longest, int) else span
-    per_phase = _ceil(longest, size)
-    tiles = _length(per_phase, like)  # of a phase
-    whole = _length(length, like)
-
-    def window(query: Tensor, tokens: Tensor) -> Tensor:  # where that of a query of a phase of so many tokens starts
-        leader = query // stride * stride + (stride - 1 if causal else stride // 2)
-        start = leader.minimum(tokens - 1) - (kernel - 1 if causal else kernel // 2)
-        return start.clamp(min=0).minimum(tokens - kernel)
-
+    per_phase = _unasked(cover(longest, size), like)
+    tokens = _length(length, like)  # of a phase, here if there is but one
+    place = _arange(length, like)
     tile, number = _cells(per_phase * dilation, size, like)
-    phase = tile // tiles
-    tokens = (whole - phase - 1) // dilation + 1
-    query = (tile % tiles * size + number).minimum(tokens - 1)
-    start = window(query, tokens)[:, :, None]
+    phase = None
+    if dilation > 1:
+        tiles = _factor(per_phase, like)  # of a phase
+        phase, tile = tile // tiles, tile % tiles
+        tokens = (tokens - 1 - phase) // dilation + 1
+        of_phase = place // dilation
+        place = (place % dilation * tiles + of_phase // size) * size + of_phase % size
+    query = (tile * size + number).minimum(tokens - 1)
+    leader = query
+    if stride > 1:
+        leader = query // stride * stride + (stride - 1 if causal else stride // 2)
+        leader = leader.minimum(tokens - 1)
+    start = (leader - (kernel - 1 if causal else kernel // 2)).clamp(min=0).minimum(tokens - kernel)
+    inside, key = _within(start.select(1, 0).unsqueeze(1) + _arange(span, like), tokens)
 
-    tile, number = _cells(per_phase * dilation, span, like)
-    key_phase = tile // tiles
-    tokens = (whole - key_phase - 1) // dilation + 1
-    inside, key = _within(window((tile % tiles * size).minimum(tokens - 1), tokens) + number, tokens)
-
-    relative = key[:, None] - query[:, :, None]
-    seen = inside[:, None] & (key[:, None] >= start) & (key[:, None] < start + kernel)
+    start = start.unsqueeze(2)
+    keys = key.unsqueeze(1)
+    relative = keys - query.unsqueeze(2)
+    seen = inside.unsqueeze(1) & (keys >= start) & (keys < start + kernel)
     if causal:
         seen = seen & (relative <= 0)
-    position = _arange(length, like)
-    number = position // dilation
-    place = (position % dilation * tiles + number // size) * size + number % size
-    return _Axis(query * dilation + phase, key * dilation + key_phase, inside, seen, relative, place)
+    if phase is not None:
+        query, key = query * dilation + phase, key * dilation + phase
+    return _Axis(query, key, inside, seen, relative, place)
 
 
 def _halos(queries: Any, length: Any, block: int, halo: int, stride: int, like: Tensor) -> _Axis:
     """Blocks of queries, of a map that is `stride` times smaller, and the keys of the block and its halo."""
-    tiles, step, window = _ceil(length, block), block // stride, block + 2 * halo
+    step, window = block // stride, block + 2 * halo
+    tiles = _unasked(cover(length, block), like)
     tile, number = _cells(tiles, step, like)
-    _, query = _within(tile * step + number, _length(queries, like))
-    tile, number = _cells(tiles, window, like)
-    inside, key = _within(tile * block - halo + number, _length(length, like))
-    relative = _arange(window, like) - _arange(step, like)[:, None]
-    return _Axis(query, key, inside, inside[:, None], relative, _arange(queries, like))
+    keys = _arange(window, like)
+    query = (tile * step + number).minimum(_length(queries, like) - 1)
+    inside, key = _within(tile * block + (keys - halo), _length(length, like), -halo)
+    return _Axis(query, key, inside, inside.unsqueeze(1), keys - number.unsqueeze(1), _arange(queries, like))
 
 
 def _product(rows: Tensor, columns: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """[A, T, ..] and [A', T', ..] to [A * A', T * T', ..], of any number of axes."""
-    axes, shape = rows.dim(), [rows.shape[i] * columns.shape[i] for i in range(rows.dim())]
-    for i in range(axes):
-        rows, columns = rows.unsqueeze(2 * i + 1), columns.unsqueeze(2 * i)
-    return combine(rows, columns).reshape(shape)
-
-
-def _tiles(make: Callable[..., _Axis], axes: Sequence[Sequence[Any]], widths: Sequence[Any], like: Tensor) -> _Tiles:
-    """The tiles of a map, or of a sequence.
-
-    Args:
-        make: tiles along an axis.
-        axes: what `make` takes of each axis.
-        widths: of the maps of queries and of keys.
-        like: a tensor of the device.
-    """
-    made = [make(*sizes, like) for sizes in axes]
-    relative = [a.relative for a in made]
-    if len(made) == 1:
-        (a,) = made
-        return _Tiles(a.query.flatten(), a.key.flatten(), a.inside, a.seen, relative, a.place)
-    rows, columns = made
-    query_width, key_width = (_length(w, like) for w in widths)
-    query = _product(rows.query, columns.query, lambda r, c: r * query_width + c)
-    key = _product(rows.key, columns.key, lambda r, c: r * key_width + c)
-    n, m, across = rows.query.shape[1], columns.query.shape[1], _length(columns.query.shape[0], like)
-    row, column = rows.place[:, None], columns.place
-    place = (row // n * across + column // m) * (n * m) + row % n * m + column % m
-    return _Tiles(
-        query.flatten(),
-        key.flatten(),
-        _product(rows.inside, columns.inside, torch.logical_and),
-        _product(rows.seen, columns.seen, torch.logical_and),
-        relative,
-        place.flatten(),
-    )
+    high: list[Any] = [size for n in rows.shape for size in (n, 1)]
+    wide: list[Any] = [size for n in columns.shape for size in (1, n)]
+    shape = [n * m for n, m in zip(rows.shape, columns.shape, strict=True)]
+    return combine(rows.reshape(high), columns.reshape(wide)).reshape(shape)
 
 
 # What was computed in the trace that is going on: the layers of a model share their tables.
@@ -248,63 +300,79 @@ def _shared(make: Callable[..., Any], *sizes: Any, like: Tensor) -> Any:
     return known[key]
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which leaves nothing in a trace where it is of that dtype."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, tiles: _Tiles, terms: Tensor | None, scale: float,
+    q: Tensor, k: Tensor | None, v: Tensor | None, tiles: _Tiles, terms: Tensor | None, scale: float,
     hide: bool = True, extra: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention in tiles: the output and the log-sum-exp, of q's shape up to the last axis.
 
     Args:
-        q, k, v: [B, spatial axes, heads, dim].
+        q, k, v: [B, spatial axes, heads, dim]; or q alone, all three in [B, spatial axes, 3, heads, dim].
         tiles: the tiles of that map.
         terms: added to the logits, [heads, queries, keys] or [tiles, heads, queries, keys].
         scale: of the products.
         hide: keys that are not seen stay out; otherwise those outside the map are keys and values of zeros.
         extra: from q in tiles, [B, tiles, heads, queries, dim], to what is added to the logits.
     """
-    given, dtype, shape = q.dtype, compute_dtype(q), q.shape
-    queries = math.prod(r.shape[-2] for r in tiles.relative)
-    number, heads, keys = tiles.inside.shape[0], shape[-2], tiles.inside.shape[1]
+    given, dtype = q.dtype, compute_dtype(q)
+    batch, spatial, heads = q.shape[0], q.shape[1 : 1 + len(tiles.axes)], q.shape[-2]
+    number, queries, keys = tiles.number, tiles.queries, tiles.keys
 
-    def cut(x: Tensor, index: Tensor, count: int) -> Tensor:
-        x = x.to(dtype).flatten(1, -3).index_select(1, index)
-        return x.reshape(shape[0], number, count, heads, x.shape[-1]).transpose(2, 3)
+    def cut(x: Tensor, index: Tensor, count: Any) -> Sequence[Tensor]:  # those in x, [B, tiles, heads, count, dim]
+        several = x.shape[1 + len(spatial) : -2]
+        x = _as(x, dtype).flatten(1, len(spatial)) if len(spatial) > 1 else _as(x, dtype)
+        x = x.index_select(1, index).reshape(batch, number, count, *several, heads, x.shape[-1])
+        return x.permute(3, 0, 1, 4, 2, 5).unbind(0) if several else (x.transpose(2, 3),)
 
-    q, k, v = cut(q, tiles.query, queries), cut(k, tiles.key, keys), cut(v, tiles.key, keys)
-    if not hide:
-        inside = tiles.inside[:, None, :, None]
+    if k is None or v is None:
+        if tiles.key is tiles.query:
+            q, k, v = cut(q, tiles.key, keys)
+        else:
+            axis = q.dim() - 3
+            k, v = cut(q.narrow(axis, 1, 2), tiles.key, keys)
+            (q,) = cut(q.select(axis, 0), tiles.query, queries)
+    else:
+        (q,), (k,), (v,) = cut(q, tiles.query, queries), cut(k, tiles.key, keys), cut(v, tiles.key, keys)
+    if not hide and tiles.inside is not None:
+        inside = tiles.inside.reshape(number, 1, keys, 1)
         k, v = (torch.where(inside, x, torch.zeros((), dtype=dtype, device=x.device)) for x in (k, v))
     logits = (q * scale) @ k.transpose(-2, -1)
     if terms is not None:
         logits = logits + terms
     if extra is not None:
         logits = logits + extra(q)
-    if hide:
-        logits = logits.masked_fill(~tiles.seen[:, None], float("-inf"))
+    if hide and tiles.seen is not None:
+        logits = logits.masked_fill(~tiles.seen.unsqueeze(1), float("-inf"))
 
     def back(x: Tensor) -> Tensor:
-        x = x.transpose(2, 3).reshape(shape[0], number * queries, heads, x.shape[-1])
-        return x.index_select(1, tiles.place).reshape(*shape[:-1], x.shape[-1])
+        x = x.transpose(2, 3).reshape(batch, number * queries, heads, x.shape[-1])
+        return x.index_select(1, tiles.place).reshape(batch, *spatial, heads, x.shape[-1])
 
-    return back(logits.softmax(-1) @ v).to(given), back(logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+    out = back(logits.softmax(-1) @ v)
+    return _as(out, given), back(logits.logsumexp(-1, keepdim=True)).squeeze(-1)
 
 
 def _bias(bias: Tensor, number: Tensor, q: Tensor) -> Tensor:
     """The elements of bias [heads, ...] with these numbers [..., queries, keys]: [..., heads, queries, keys]."""
-    table = bias.to(compute_dtype(q)).flatten(1)
+    table = _as(bias, compute_dtype(q)).flatten(1)
     picked = table.index_select(1, number.flatten()).reshape(table.shape[0], *number.shape)
     return picked if number.dim() == 2 else picked.transpose(0, 1)
 
 
 def _window_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None,
     window_h: int, window_w: int, shift_h: int, shift_w: int, grid: bool, scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, W = q.shape[1:3]
     if grid:
-        tiles = _shared(_tiles, _grid, [(H, window_h), (W, window_w)], (W, W), like=q)
+        tiles = _shared(_Tiles, _grid, [(H, window_h), (W, window_w)], (W, W), like=q)
     else:
-        tiles = _shared(_tiles, _blocks, [(H, window_h, shift_h), (W, window_w, shift_w)], (W, W), like=q)
+        tiles = _shared(_Tiles, _blocks, [(H, window_h, shift_h), (W, window_w, shift_w)], (W, W), like=q)
     terms = None
     if bias is not None:
         rows, columns = (r + n - 1 for r, n in zip(tiles.relative, (window_h, window_w), strict=True))
@@ -313,12 +381,12 @@ def _window_attention(
 
 
 def _neighborhood_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None,
     kernel_size: Sizes, dilation: Sizes, stride: Sizes, is_causal: Sizes, scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    spatial = q.shape[1:-2]
+    spatial = q.shape[1 : 1 + len(kernel_size)]
     sizes = list(zip(spatial, kernel_size, dilation, stride, (bool(c) for c in is_causal), strict=True))
-    tiles = _shared(_tiles, _neighborhoods, sizes, (spatial[-1], spatial[-1]), like=q)
+    tiles = _shared(_Tiles, _neighborhoods, sizes, (spatial[-1], spatial[-1]), like=q)
     terms = None
     if bias is not None:
         # pairs that are not seen may lie outside of the table; any element does for them
@@ -334,7 +402,7 @@ def _halo_attention(
     block_size: int, halo_size: int, stride: int, mask_border: bool, scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = [(q.shape[i], k.shape[i], block_size, halo_size, stride) for i in (1, 2)]
-    tiles = _shared(_tiles, _halos, sizes, (q.shape[2], k.shape[2]), like=q)
+    tiles = _shared(_Tiles, _halos, sizes, (q.shape[2], k.shape[2]), like=q)
     step, window = block_size // stride, block_size + 2 * halo_size
 
     def relative(x: Tensor) -> Tensor:
@@ -344,7 +412,7 @@ def _halo_attention(
         total: Any = 0
         for i, table, equation in ((0, rel_height, "bthxyd,xid->bthxyi"), (1, rel_width, "bthxyd,yid->bthxyi")):
             if table is not None:
-                rows = table.to(x.dtype).index_select(0, (tiles.relative[i] + window - 1).flatten())
+                rows = _as(table, x.dtype).index_select(0, (tiles.relative[i] + window - 1).flatten())
                 part = torch.einsum(equation, x, rows.reshape(step, window, dim))
                 total = total + part.unsqueeze(-1 - i)
         total = total.expand(batch, number, heads, step, step, window, window)
@@ -357,10 +425,12 @@ def _halo_attention(
 def _regions(x: Tensor, region: Sizes) -> tuple[Tensor, _Tiles]:
     """[B, H, W, ...] to [B, R, tokens of a region, channels], zeros outside the map."""
     H, W = x.shape[1:3]
-    tiles = _shared(_tiles, _blocks, [(H, region[0], 0), (W, region[1], 0)], (W, W), like=x)
+    tiles = _shared(_Tiles, _blocks, [(H, region[0], 0), (W, region[1], 0)], (W, W), like=x)
     x = x.flatten(1, 2).flatten(2).index_select(1, tiles.key)
-    x = x.reshape(x.shape[0], *tiles.inside.shape, x.shape[-1])
-    return torch.where(tiles.inside[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device)), tiles
+    x = x.reshape(x.shape[0], tiles.number, tiles.keys, x.shape[-1])
+    if tiles.inside is not None:
+        x = torch.where(tiles.inside.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x, tiles
 
 
 def _from_regions(x: Tensor, tiles: _Tiles, like: Tensor) -> Tensor:
@@ -373,8 +443,10 @@ def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, 
     region = (region_height, region_width)
 
     def mean(x: Tensor) -> Tensor:
-        tokens, tiles = _regions(x.to(compute_dtype(x)), region)
-        return tokens.sum(2) / tiles.inside.to(tokens.dtype).sum(1, keepdim=True)
+        tokens, tiles = _regions(_as(x, compute_dtype(x)), region)
+        if tiles.inside is None:
+            return tokens.mean(2)
+        return tokens.sum(2) / _as(tiles.inside, tokens.dtype).sum(1, keepdim=True)
 
     affinity = mean(q) @ mean(k).transpose(1, 2)
     # On a CPU every sort is stable, and ONNX has one without that word, whose ties are in order too.
@@ -382,7 +454,9 @@ def _routing_index(q: Tensor, k: Tensor, region_height: int, region_width: int, 
         order = affinity.sort(dim=-1, descending=True).indices
     else:
         order = affinity.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :topk].clone()
+    order = order.index_select(2, _arange(topk, q))
+    count = math.prod(cover(q.shape[i + 1], region[i]) for i in range(2))
+    return order.index_select(1, _arange(count, q)) if isinstance(count, torch.SymInt) else order
 
 
 def _routing_attention(
@@ -391,17 +465,19 @@ def _routing_attention(
     region, dtype, heads = (region_height, region_width), compute_dtype(q), q.shape[3]
     key_region = region
     if not _same_map(q, k):
-        rows, columns = (_ceil(q.shape[i + 1], region[i]) for i in range(2))
+        rows, columns = (cover(q.shape[i + 1], region[i]) for i in range(2))
         key_region = (k.shape[1] // rows, k.shape[2] // columns)
     topk = index.shape[2]
-    queries, tiles = _regions(q.to(dtype), region)
+    queries, tiles = _regions(_as(q, dtype), region)
     batch, count = queries.shape[:2]
     queries = queries.unflatten(-1, (heads, q.shape[4])).transpose(2, 3)
     first = _arange(batch, q) * _length(count, q)  # of every image
-    picked = (index.long() + first[:, None, None]).flatten()
+    if isinstance(count, torch.SymInt):  # the same number, of which nothing is known
+        index = index.index_select(1, _arange(count, q))
+    picked = (index.long() + first.reshape(batch, 1, 1)).flatten()
 
     def gather(x: Tensor) -> Tensor:  # [B, R, heads, topk * tokens, dim]
-        tokens, _tiles = _regions(x.to(dtype), key_region)
+        tokens, _tiles = _regions(_as(x, dtype), key_region)
         picks = tokens.flatten(0, 1).index_select(0, picked)
         return picks.reshape(batch, count, topk * tokens.shape[2], heads, x.shape[4]).transpose(2, 3)
 
@@ -409,7 +485,7 @@ def _routing_attention(
     out = (logits.softmax(-1) @ gather(v)).transpose(2, 3).flatten(3)
     lse = logits.logsumexp(-1).transpose(2, 3)
     out, lse = (_from_regions(x, tiles, q) for x in (out, lse))
-    return out.unflatten(-1, (heads, v.shape[4])).to(q.dtype), lse
+    return _as(out.unflatten(-1, (heads, v.shape[4])), q.dtype), lse
 
 
 def _same_map(q: Tensor, k: Tensor) -> bool:
@@ -430,26 +506,25 @@ class _Around:
     given: Tensor
 
 
-def _around(rows: Any, columns: Any, like: Tensor) -> _Around:
-    cells = (_cells(n, 3, like) for n in (rows, columns))
-    down, right = (_within(x + step - 1, _length(n, like)) for (x, step), n in zip(cells, (rows, columns), strict=True))
-    number = _product(down[1], right[1], lambda r, c: r * _length(columns, like) + c)  # [cells, 9]
+def _around(sizes: Sequence[Any], like: Tensor) -> _Around:
+    cells = (_cells(n, 3, like) for n in sizes)
+    down, right = (_within(x + (step - 1), _length(n, like), -1) for (x, step), n in zip(cells, sizes, strict=True))
+    number = _product(down[1] * _factor(sizes[1], like), right[1], torch.add)  # [cells, 9]
     seen = _product(down[0], right[0], torch.logical_and)
-    return _Around(number.flatten(), seen[..., None], (number * 9 + 8 - _arange(9, like)).flatten())
+    return _Around(number.flatten(), seen.unsqueeze(-1), (number * 9 + (8 - _arange(9, like))).flatten())
 
 
 def _spread(tokens: Tensor, around: _Around) -> Tensor:
-    """[B, hh, ww, C] to the nine tokens around each cell, zeros outside: [B, hh * ww, 9, C]."""
-    x = tokens.flatten(1, 2).index_select(1, around.token)
+    """[B, cells, C] to the nine tokens around each cell, zeros outside: [B, cells, 9, C]."""
+    x = tokens.index_select(1, around.token)
     x = x.reshape(x.shape[0], around.inside.shape[0], 9, x.shape[-1])
     return torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _collect(parts: Tensor, around: _Around, like: Tensor) -> Tensor:
-    """The inverse: what every token gets from the cells around it, [B, hh * ww, 9, C] to [B, hh, ww, C] like `like`."""
+def _collect(parts: Tensor, around: _Around) -> Tensor:
+    """The inverse: what every token gets from the cells around it, [B, cells, 9, C] to [B, cells, C]."""
     x = parts.flatten(1, 2).index_select(1, around.given).reshape(parts.shape)
-    x = torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x.sum(2).reshape(*like.shape[:3], x.shape[-1])
+    return torch.where(around.inside, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(2)
 
 
 def _super_token_sampling(
@@ -458,30 +533,37 @@ def _super_token_sampling(
     from .super_token.reference import EPS  # which is imported after this file
 
     size, dtype = (token_height, token_width), compute_dtype(x)
-    pixels, tiles = _regions(x.to(dtype), size)  # [B, cells, pixels of a cell, C]
-    rows, columns = (_ceil(x.shape[i + 1], size[i]) for i in range(2))
-    tokens = pixels.mean(2).reshape(x.shape[0], rows, columns, x.shape[-1])
-    around = _shared(_around, rows, columns, like=x)
+    pixels, tiles = _regions(_as(x, dtype), size)  # [B, cells, pixels of a cell, C]
+    tokens = pixels.mean(2)
     affinity = mass = tokens
     for _iteration in range(n_iter):
-        affinity = (pixels @ _spread(tokens, around).transpose(-2, -1) * scale).softmax(-1)
-        mass = _collect(affinity.sum(2).unsqueeze(-1), around, tokens) + EPS
-        tokens = _collect(affinity.transpose(-2, -1) @ pixels, around, tokens) / mass
-    return tokens.to(x.dtype), _from_regions(affinity, tiles, x).to(x.dtype), mass
+        affinity = (pixels @ _spread(tokens, tiles.around).transpose(-2, -1) * scale).softmax(-1)
+        mass = _collect(affinity.sum(2).unsqueeze(-1), tiles.around) + EPS
+        tokens = _collect(affinity.transpose(-2, -1) @ pixels, tiles.around) / mass
+    rows, columns = (cover(x.shape[i + 1], size[i]) for i in range(2))
+    tokens, mass = (_on_grid(t, rows, columns) for t in (tokens, mass))
+    return _as(tokens, x.dtype), _as(_from_regions(affinity, tiles, x), x.dtype), mass
+
+
+def _on_grid(tokens: Tensor, rows: Any, columns: Any) -> Tensor:
+    """[B, rows * columns, C] to [B, rows, columns, C]."""
+    count = rows * columns
+    if isinstance(count, torch.SymInt):  # the same number, of which nothing was known
+        tokens = tokens.index_select(1, _arange(count, tokens))
+    return tokens.reshape(tokens.shape[0], rows, columns, tokens.shape[-1])
 
 
 def _super_token_mapping(tokens: Tensor, affinity: Tensor, token_height: int, token_width: int, *_: Any) -> Tensor:
-    weights, tiles = _regions(affinity.to(compute_dtype(tokens)), (token_height, token_width))
-    around = _shared(_around, tokens.shape[1], tokens.shape[2], like=tokens)
-    out = weights @ _spread(tokens.to(weights.dtype), around)
-    return _from_regions(out, tiles, affinity).to(tokens.dtype)
+    weights, tiles = _regions(_as(affinity, compute_dtype(tokens)), (token_height, token_width))
+    out = weights @ _spread(_as(tokens, weights.dtype).flatten(1, 2), tiles.around)
+    return _as(_from_regions(out, tiles, affinity), tokens.dtype)
 
 
 def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: Any) -> tuple[Tensor, Tensor]:
     given, dtype = q.dtype, compute_dtype(q)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dim]
+    q, k, v = (_as(x, dtype).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dim]
     maps = ((k * scale).transpose(-2, -1) @ v).softmax(-1)
-    return (q @ maps.transpose(-2, -1)).transpose(1, 2).to(given).contiguous(), maps
+    return _as((q @ maps.transpose(-2, -1)).transpose(1, 2), given).contiguous(), maps
 
 
 def _large_kernel_attention(
@@ -489,39 +571,45 @@ def _large_kernel_attention(
     conv_spatial_bias: Tensor | None, conv1_weight: Tensor, conv1_bias: Tensor | None, dilation: int, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(x)
-    y = x.to(dtype)
+    y = _as(x, dtype)
     for weight, bias, steps in ((conv0_weight, conv0_bias, 1), (conv_spatial_weight, conv_spatial_bias, dilation)):
         padding = [steps * (n // 2) for n in weight.shape[-2:]]
-        bias = None if bias is None else bias.to(dtype)
-        y = F.conv2d(y, weight.to(dtype), bias, padding=padding, dilation=steps, groups=weight.shape[0])
-    gate = F.conv2d(y, conv1_weight.to(dtype), None if conv1_bias is None else conv1_bias.to(dtype))
-    return (x.to(dtype) * gate).to(x.dtype), y
+        bias = None if bias is None else _as(bias, dtype)
+        y = F.conv2d(y, _as(weight, dtype), bias, padding=padding, dilation=steps, groups=weight.shape[0])
+    gate = F.conv2d(y, _as(conv1_weight, dtype), None if conv1_bias is None else _as(conv1_bias, dtype))
+    return _as(_as(x, dtype) * gate, x.dtype), y
 
 
 def _pad_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
     """Zeros around a map, by index: PyTorch's padding asks whether a size is one."""
     for axis, size, first in ((1, height, top), (2, width, left)):
-        inside, place = _within(_arange(size, x) - first, _length(x.shape[axis], x))
-        shown = inside[:, None, None] if axis == 1 else inside[:, None]
+        if statically_known_true(size == x.shape[axis]):
+            continue
+        place = _arange(size, x)
+        some = not statically_known_true(first == 0)
+        inside, place = _within(place - first if some else place, _length(x.shape[axis], x), -1 if some else 0)
+        shown = inside.reshape(size, 1, 1) if axis == 1 else inside.unsqueeze(1)
         x = torch.where(shown, x.index_select(axis, place), torch.zeros((), dtype=x.dtype, device=x.device))
     return x
 
 
 def _crop_map(x: Tensor, height: Any, width: Any, top: int, left: int) -> Tensor:
-    return x.index_select(1, _arange(height, x) + top).index_select(2, _arange(width, x) + left)
+    for axis, size, first in ((1, height, top), (2, width, left)):
+        if not statically_known_true(size == x.shape[axis]):
+            place = _arange(size, x)
+            x = x.index_select(axis, place if statically_known_true(first == 0) else place + first)
+    return x
 
 
 def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
-    def unpacked(qkv: Tensor, *rest: Any) -> Any:
-        return function(*qkv.unbind(-3), *rest)
-
-    return unpacked
+    """From the form on q, k and v, which takes them in one tensor too."""
+    return lambda qkv, *rest: function(qkv, None, None, *rest)
 
 
 # The name of a registered op -> its ATen form, which takes the op's arguments, the backend if any.
 DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "channel_attention": _channel_attention,
-    "channel_attention_qkvpacked": _packed(_channel_attention),
+    "channel_attention_qkvpacked": lambda qkv, *rest: _channel_attention(*qkv.unbind(-3), *rest),
     "crop_map": _crop_map,
     "halo_attention": _halo_attention,
     "large_kernel_attention": _large_kernel_attention,

@@ -22,7 +22,7 @@ from timm.models._features import FeatureGetterNet
 from zoo import __version__
 from zoo.errors import UserError, first_line
 from zoo.names import nearest_names
-from zoo.programs import DYNAMIC, PROGRAMS, Form, check_parity, write_program
+from zoo.programs import DYNAMIC, PROGRAMS, Form, check_parity, modules_of, write_program
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
 from zoo.train.config import TRAIN, ModelConfig
@@ -36,6 +36,7 @@ _EXPORTER = "attention-zoo"
 # of an export, in any format
 _FILES = ("config.json", "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "README.md")
 _PREPARED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what timm says of images
+_LIBRARIES = {"onnx": "onnx", "pt2": "pytorch", "aoti": "pytorch"}  # that load a program, as the hub calls them
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -154,6 +155,8 @@ def _parse(argv: Sequence[str]) -> ExportConfig:
     ):  # fmt: skip
         if value not in choices:
             raise UserError(f"{key}={value!r} is not known; the choices are {', '.join(choices)}")
+    if config.img_size:
+        _image_size(config.img_size)
     for key, formats in _ONLY.items():
         if getattr(config, key) != getattr(ExportConfig(), key) and config.format not in formats:
             raise UserError(f"{key}= is of format={' or '.join(formats)}, not of format={config.format}; leave it out")
@@ -431,6 +434,7 @@ def _write_program(exported: Exported, folder: Path, config: ExportConfig) -> No
     spatial = "any height and width" if dynamic == "all" else f"{form.size[0]} x {form.size[1]}"
     exported.program.update(
         {
+            "format": config.format,
             "images": f"{batch} x {channels} x {spatial}, {config.dtype}",
             "outputs": ", ".join(exported.outputs),
             **({"strides": ", ".join(map(str, exported.strides))} if exported.strides else {}),
@@ -477,7 +481,8 @@ def _usage(config: ExportConfig, exported: Exported) -> list[str]:
             f'{names} = session.run(None, {{"images": images}})  # a NumPy array',
         ]
     load = "torch._inductor.aoti_load_package" if config.format == "aoti" else "torch.export.load"
-    before = ["import torch"] if config.decompose else ["import torch", "import zoo.ops  # the operators"]
+    needed = [f"import {name}  # operators" for name in modules_of(exported.model, config.decompose)]
+    before = ["import torch", *needed]
     more = "" if config.format == "aoti" else ".module()"
     return [*before, f'program = {load}("model.pt2"){more}', f"{names} = program(images)"]
 
@@ -527,7 +532,9 @@ def _card(exported: Exported, usage: list[str] | None = None) -> str:
         "paper": (cfg.paper_name if cfg else None) or "-",
         "original code": (cfg.origin_url if cfg else None) or "-",
     }
-    front = ["---", "library_name: timm", "tags:", "- image-classification", "- timm", "- attention-zoo", "---"]
+    library = _LIBRARIES.get(exported.program.get("format", ""), "timm")
+    task = "image-classification" if "logits" in exported.outputs else "image-feature-extraction"
+    front = ["---", f"library_name: {library}", "tags:", *(f"- {x}" for x in (task, library, _EXPORTER)), "---"]
     rows = [f"| {key} | {value} |" for key, value in facts.items()]
     timm_usage = [
         "import timm, zoo",

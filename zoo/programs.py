@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import UserError, first_line
 from .ops.decompositions import decompose
 
-__all__ = ["DYNAMIC", "PROGRAMS", "Form", "Parity", "check_parity", "has_compiler", "write_program"]
+__all__ = ["DYNAMIC", "PROGRAMS", "Form", "Parity", "check_parity", "has_compiler", "modules_of", "write_program"]
 
 DYNAMIC = {
     "auto": "batch, height and width, or what the model allows",
@@ -32,6 +32,7 @@ DYNAMIC = {
     "none": "none",
 }
 _FILES = {"onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.pt2"}
+_LEAST = 128  # pixels of a side that a program for every size is made from
 _SLACK = {torch.float32: 1e-4, torch.float16: 4e-3}  # of a standard deviation
 
 
@@ -40,7 +41,7 @@ class Form:
     """What a program is to be.
 
     Attributes:
-        channels, size: of the images it is made from; the only ones it takes where they are not dynamic.
+        channels, size: of its images; the only ones that it takes where they are not dynamic.
         dynamic: "all", "batch" or "none".
         dtype: of weights, images and outputs: float32 or float16.
         opset: of ONNX; None takes PyTorch's own.
@@ -57,12 +58,24 @@ class Form:
     outputs: tuple[str, ...] = ("logits",)
 
     @property
-    def shapes(self) -> Sequence[tuple[int, ...]]:
-        """Of images to compare it on: two sizes and batches where they are dynamic, two draws where not."""
+    def traced(self) -> tuple[int, ...]:
+        """Of the images that it is made from.
+
+        Sides that stand for any are unequal, and so large that no map has a side of one, which PyTorch treats apart.
+        """
         height, width = self.size
-        other = max(32, height * 5 // 8 + 3), max(32, width + 21)
+        if self.dynamic == "all":
+            height, width = max(height, _LEAST), max(width, _LEAST) + 32
+        return (1 if self.dynamic == "none" else 2), self.channels, height, width
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of images to compare it on: three sizes and batches where they are dynamic, two draws where not."""
+        height, width = self.size
+        lower = max(32, height * 5 // 8 + 3), max(32, width + 21)
+        larger = height * 5 // 4 + 10, width * 9 // 8 + 33
         return {
-            "all": [(1, self.channels, height, width), (3, self.channels, *other)],
+            "all": [(batch, self.channels, *s) for batch, s in ((1, self.size), (3, lower), (2, larger))],
             "batch": [(1, self.channels, height, width), (3, self.channels, height, width)],
             "none": [(1, self.channels, height, width)] * 2,
         }[self.dynamic]
@@ -85,7 +98,7 @@ class Parity:
     shapes: Sequence[tuple[int, ...]]
 
     def __str__(self) -> str:
-        sizes = " and ".join("x".join(map(str, shape)) for shape in self.shapes)
+        sizes = " and ".join("x".join(map(str, shape)) for shape in dict.fromkeys(self.shapes))
         return f"{self.program:.1e} of a standard deviation (the model's own rounding: {self.model:.1e}), on {sizes}"
 
 
@@ -114,7 +127,8 @@ def write_program(kind: str, model: nn.Module, form: Form, folder: Path) -> tupl
         The file, and what is to be said of it.
 
     Raises:
-        UserError: what writes this kind is not installed, or the model cannot be written in this form.
+        UserError: what writes this kind is not installed, the model does not take images of this size, or it cannot
+            be written in this form.
     """
     program = PROGRAMS[kind]
     for module in program.needs:
@@ -123,9 +137,14 @@ def write_program(kind: str, model: nn.Module, form: Form, folder: Path) -> tupl
     if kind == "aoti" and not has_compiler():
         raise UserError("format=aoti needs a C++ compiler, and there is none; install g++, or take format=pt2")
     file = folder / _FILES[kind]
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, form.channels, *form.size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        size = "x".join(map(str, form.size))
+        raise UserError(f"img_size={size}: the model does not take it: {first_line(error)}; give another") from error
     model = model.to(form.dtype)
-    batch = 1 if form.dynamic == "none" else 2
-    images = torch.randn(batch, form.channels, *form.size, dtype=form.dtype)
+    images = torch.randn(form.traced, dtype=form.dtype)
     try:
         with _quiet(), torch.no_grad():
             facts = program.write(model, images, form, file)
@@ -148,7 +167,7 @@ def check_parity(kind: str, file: Path, model: nn.Module, form: Form) -> Parity:
     """
     generator = torch.Generator().manual_seed(int.from_bytes(file.name.encode(), "big") % 2**31)
     images = [torch.randn(shape, generator=generator).to(form.dtype) for shape in form.shapes]
-    made = _replay(kind, file, images, form)
+    made = _replay(kind, file, images, form, () if kind == "onnx" else modules_of(model, form.decompose))
     worst = Parity(0.0, 0.0, _SLACK[form.dtype], form.shapes)
     model = model.to(form.dtype)
     exact_model = copy.deepcopy(model).double()
@@ -180,15 +199,14 @@ def _several(y: Any) -> list[Tensor]:
     return list(y) if isinstance(y, list | tuple) else [y]
 
 
-def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form) -> list[list[Tensor]]:
-    module = ["zoo.ops"] if kind in ("pt2", "aoti") and not form.decompose else []
+def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form, modules: Sequence[str]) -> list[list[Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
         arrays: dict[str, Any] = {str(i): x.numpy() for i, x in enumerate(images)}
         np.savez(inputs, **arrays)
         script = Path(__file__).with_name("replay.py")
         # -P: the script's folder, which has modules of many names, is not where it imports from
-        command = [sys.executable, "-P", str(script), kind, str(file), str(inputs), str(outputs), *module]
+        command = [sys.executable, "-P", str(script), kind, str(file), str(inputs), str(outputs), *modules]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
@@ -199,6 +217,14 @@ def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form) -> list
             count = len(form.outputs)
             keys = [[f"{i}.{j}" for j in range(count) if f"{i}.{j}" in made.files] for i in range(len(images))]
             return [[torch.from_numpy(made[key]) for key in names] for names in keys]
+
+
+def modules_of(model: nn.Module, decompose: bool) -> list[str]:
+    """What is imported before a program of PyTorch's is loaded: the operators of others that it calls."""
+    from .models.litv2 import DeformConv2dPack  # whose convolution is torchvision's
+
+    deformable = any(isinstance(module, DeformConv2dPack) for module in model.modules())
+    return ["zoo.ops"] * (not decompose) + ["torchvision"] * deformable
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Run an exported program on saved inputs, in a process of its own that has its runtime and nothing else.
 
-    python replay.py onnx|pt2|aoti FILE INPUTS.npz OUTPUTS.npz [MODULE]
+    python replay.py onnx|pt2|aoti FILE INPUTS.npz OUTPUTS.npz [MODULE ...]
 
-MODULE is imported first: the operators that the program calls. `zoo.programs` starts this file by its path.
+MODULEs are imported first: the operators that the program calls. `zoo.programs` starts this file by its path.
 """
 
 import importlib
@@ -42,9 +42,9 @@ def _torch(kind: str, file: str) -> Run:
     return run
 
 
-def main(kind: str, file: str, inputs: str, outputs: str, module: str | None = None) -> None:
+def main(kind: str, file: str, inputs: str, outputs: str, *modules: str) -> None:
     """Write the program's outputs for every array of INPUTS.npz, "<input>.<output>"."""
-    if module:
+    for module in modules:
         importlib.import_module(module)
     run = _onnx(file) if kind == "onnx" else _torch(kind, file)
     with np.load(inputs) as given:

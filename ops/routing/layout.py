@@ -3,12 +3,14 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops._checks import cover
+
 Pair = tuple[int, int]
 
 
 def grid_size(x: Tensor, region: Pair) -> Pair:
     """How many regions of this size cover the map, per axis."""
-    return (x.shape[1] + region[0] - 1) // region[0], (x.shape[2] + region[1] - 1) // region[1]
+    return cover(x.shape[1], region[0]), cover(x.shape[2], region[1])
 
 
 def key_region_size(q: Tensor, k: Tensor, region: Pair) -> Pair:

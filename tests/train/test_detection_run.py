@@ -16,16 +16,23 @@ from families import FAMILIES
 
 pytest.importorskip("mmdet")
 
+import onnxruntime
 import torch
 import yaml
-from mmengine.config import Config
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
+import zoo.cli
+from zoo.train.compose import from_container
 from zoo.train.detection import coco_average_precision
 from zoo.train.detection.app import main
+from zoo.train.detection.config import DETECT
 from zoo.train.detection.digits_coco import DigitsCoco, build_digits_coco
 from zoo.train.detection.loops import TrainLoop
-from zoo.train.runs import load_checkpoint, save_checkpoint
+from zoo.train.detection.mmdet_config import detector_config
+from zoo.train.runs import load_checkpoint, load_run, save_checkpoint
 
 SMALL = [
     "detector.channels=16",
@@ -575,3 +582,45 @@ def test_help_and_show(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
     assert main(["--cfg", "job", "seed=7"]) == 0
     assert "seed: 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_export_of_backbone_and_neck(whole: Path, tmp_path: Path, kind: str) -> None:
+    """A program of the run's weights gives the maps that the detector's heads would get, at any size."""
+    out = tmp_path / "out"
+    assert zoo.cli.main(["export", f"run={whole}", f"out={out}", f"format={kind}", "img_size=128x160"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["parity"]["program"] < 1e-4
+    assert len(config["label_names"]) == 10
+    # not by the code that exported it: the detector of mmdet's own configuration, its weights, its feature extraction
+    run = load_run(whole)
+    cfg = from_container(run.config, DETECT)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector = MODELS.build(ConfigDict(detector_config(cfg, 10))).eval()
+    detector.load_state_dict(run.checkpoint("last")[1]["state_dict"])
+    images = torch.randn(2, 3, 100, 203)
+    with torch.no_grad():
+        expected = detector.extract_feat(images)
+    if kind == "onnx":
+        session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+        maps = [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]
+    else:
+        maps = torch.export.load(out / "model.pt2").module()(images)
+    assert config["outputs"] == [f"map{i}" for i in range(len(expected))]
+    for ours, theirs in zip(maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_export_of_a_detector_does_not_take(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, said in (
+        (["format=timm"], "format=onnx or pt2 or aoti writes its backbone and neck"),
+        (["format=pt2", "features=true"], "features= is of classifiers"),
+        (["format=pt2", "weights=ema"], "weights=ema is of classifiers"),
+    ):
+        assert zoo.cli.main(["export", f"run={whole}", f"out={tmp_path / 'out'}", *more]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

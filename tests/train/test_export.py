@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -234,6 +236,8 @@ def test_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["format=pt2", "push=me/it"], "push= is of format=timm"),
         (["format=onnx", "out_indices=[1]"], "give features=true"),
         (["format=pt2", "model=van_b0", "out=x", "pretrained=/nowhere"], "no checkpoint file at /nowhere"),
+        (["format=onnx", "img_size=big"], "img_size=big is no size; give 224, or 192x256"),
+        (["dtype=float64"], "the choices are float32, float16"),
         (["overwrite=perhaps"], "perhaps"),
     ],
 )
@@ -248,6 +252,47 @@ def test_run_of_a_detector(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text() + "detector:\n  name: retinanet\n")
     assert main(["export", f"run={tmp_path}", f"out={tmp_path / 'out'}"]) == 2
     assert "zoo detect" in capsys.readouterr().err
+
+
+def test_run_of_a_detector_without_mmdet(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text() + "detector:\n  name: retinanet\n")
+    for name in [n for n in sys.modules if n.startswith("zoo.train.detection")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mmdet", None)
+    assert main(["export", f"run={tmp_path}", f"out={tmp_path / 'out'}", "format=pt2"]) == 2
+    err = capsys.readouterr().err
+    assert "detection needs mmdet" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_push(
+    run: Path, tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is uploaded as it is; where that fails it stays, and the line says how it is sent later."""
+    sent: list[tuple[str, set[str]]] = []
+
+    def upload(repo_id: str, folder_path: Path, **_: Any) -> str:
+        if fails:
+            raise OSError("no route to the hub")
+        sent.append((repo_id, {path.name for path in folder_path.iterdir()}))
+        return f"hub:{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_a, **_k: None)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    out = tmp_path / "out"
+    assert main(["export", f"run={run}", f"out={out}", "push=me/digits"]) == (2 if fails else 0)
+    said = capsys.readouterr()
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    if fails:
+        assert said.err.count("\n") == 1
+        assert "push=me/digits: no route to the hub" in said.err
+        assert f"hf upload me/digits {out}" in said.err
+    else:
+        assert sent == [("me/digits", {"model.safetensors", "config.json", "README.md"})]
+        assert "uploaded to hub:me/digits" in said.out
 
 
 def test_every_format_is_one_of_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,6 +319,10 @@ def test_programs(run: Path, tmp_path: Path, kind: str, more: list[str], capsys:
     assert {p.name for p in out.iterdir()} == {f"model.{kind}", "config.json", "README.md"}
     assert config["parity"]["program"] < 1e-4
     assert config["outputs"] == (["map0", "map1"] if "features=true" in more else ["logits"])
+    card = (out / "README.md").read_text()
+    library = "onnx" if kind == "onnx" else "pytorch"
+    task = "image-feature-extraction" if "features=true" in more else "image-classification"
+    assert card.startswith(f"---\nlibrary_name: {library}\ntags:\n- {task}\n- {library}\n- attention-zoo\n---\n")
     assert main(["export", f"run={run}", f"out={out}", "overwrite=true"]) == 0
 
 

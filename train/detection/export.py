@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def backbone_and_neck(run: Run, checkpoint: str) -> Maps:
     if state.get("kind") != "detector" or not classes:
         raise UserError(f"checkpoint {path} is not of a run of `zoo detect`; give the folder of one")
     cfg.model.pretrained = False
-    config = detector_config(cfg, len(classes))
+    config = ConfigDict(detector_config(cfg, len(classes)))
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector: Any = MODELS.build(config)
     try:
