@@ -32,6 +32,7 @@ from zoo.train.views import View
 __all__ = [
     "Digits",
     "EvalLoader",
+    "ReaderImages",
     "TrainLoader",
     "class_count",
     "create_mixup",

@@ -27,12 +27,14 @@ from zoo.train.stop import TrainingFailed
 
 __all__ = [
     "Evaluation",
+    "Source",
     "autocast",
     "check_head",
     "check_targets",
     "evaluate",
     "evaluate_command",
     "file_labels",
+    "open_source",
     "unreadable_note",
 ]
 
@@ -127,7 +129,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A model with weights and what they say of the data that they were trained on."""
 
     model: Any
@@ -137,7 +139,7 @@ class _Source:
     ranges: PixelRanges | None = None
 
 
-def _from_run(cfg: EvalConfig) -> _Source:
+def _from_run(cfg: EvalConfig) -> Source:
     run = load_run(str(cfg.run))
     path, state = run.checkpoint(cfg.checkpoint)
     weights, kind = select_weights(state, cfg.weights)
@@ -146,7 +148,7 @@ def _from_run(cfg: EvalConfig) -> _Source:
     facts = {"run": str(run.path), "checkpoint": str(path), "weights": kind, "step": state["step"]}
     found = (state.get("data_set") or {}).get("ranges")
     ranges = PixelRanges.from_state(found) if found else None
-    return _Source(model, facts, state.get("label_names"), "the run's training images", ranges)
+    return Source(model, facts, state.get("label_names"), "the run's training images", ranges)
 
 
 def file_labels(path: Path) -> list[str] | None:
@@ -195,7 +197,7 @@ def check_head(model: Any, source: str | bool) -> None:
             )
 
 
-def _from_model(cfg: EvalConfig) -> _Source:
+def _from_model(cfg: EvalConfig) -> Source:
     source = cfg.model.pretrained if cfg.pretrained is None else cfg.pretrained
     if not isinstance(source, bool | str):
         raise UserError(f"pretrained={source!r} is no choice; give true or the path of a checkpoint file")
@@ -209,7 +211,16 @@ def _from_model(cfg: EvalConfig) -> _Source:
     if names is not None and len(names) > model.num_classes:
         names = None
     facts = {"weights": source if isinstance(source, str) else "published"}
-    return _Source(model, facts, names, "the checkpoint's training images")
+    return Source(model, facts, names, "the checkpoint's training images")
+
+
+def open_source(cfg: EvalConfig) -> Source:
+    """The model that `zoo eval` and `zoo predict` name, with its weights.
+
+    Raises:
+        UserError: the run, the model or the weights are not there, or do not fit.
+    """
+    return _from_run(cfg) if cfg.run is not None else _from_model(cfg)
 
 
 def _published_labels(model: Any, names: list[str] | None) -> list[str] | None:
@@ -252,7 +263,7 @@ def _check_count(cfg: EvalConfig, model: Any, expected: int | None) -> None:
     )
 
 
-def _open_for(cfg: EvalConfig, source: _Source) -> Any:
+def _open_for(cfg: EvalConfig, source: Source) -> Any:
     """The held-out images, their classes numbered as the model numbers them: by name wherever names are known."""
     options: dict[str, Any] = {"batch_size": cfg.batch_size, "ranges": source.ranges}
     names = source.names
@@ -281,7 +292,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     world = join_world(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    found = _from_run(cfg) if cfg.run is not None else _from_model(cfg)
+    found = open_source(cfg)
     model, source = found.model, found.facts
     dataset = _open_for(cfg, found)
     if world.is_primary:
