@@ -57,7 +57,18 @@ _HYDRA_KEYS = (
 )
 _SEARCH_PATH = "hydra.searchpath="
 # Keys that hold a path (or, of weights, a choice): their values are taken as they are, and `~` is the home folder.
-PATHS = ("data.root", "run_root", "run_dir", "resume", "run", "out", "pretrained", "model.pretrained", "weights")
+PATHS = (
+    "data.root",
+    "run_root",
+    "run_dir",
+    "resume",
+    "run",
+    "out",
+    "report",
+    "pretrained",
+    "model.pretrained",
+    "weights",
+)
 # Resolvers that a configuration may use: Hydra's own, and these very words of ours. All others could carry what is in
 # the environment into a run folder, a logger or an export, or decide by it what is trained.
 _HYDRA_RESOLVERS = ("now", "hydra", "python_version")

@@ -228,6 +228,8 @@ class EvalConfig:
     weights: str = "auto"  # of a run: ema, raw; auto is ema where the run kept it
     pretrained: Any = None  # of a model: true (the published weights), or the path of a checkpoint file
     out: Optional[str] = None  # a JSON file for the result
+    report: Optional[str] = None  # a folder for per_class.csv, confusion.csv and confusion.png
+    per_image: bool = False  # per_image.csv too: what was predicted for every image
     batch_size: int = 64
     device: str = "auto"
     threads: Optional[int] = None
@@ -344,6 +346,8 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
     if not isinstance(cfg, TrainConfig):
         choose("checkpoint", cfg.checkpoint, ("last", "best", "previous"))
         choose("weights", cfg.weights, ("auto", "ema", "raw"))
+        if cfg.per_image and cfg.report is None:
+            raise UserError("per_image=true writes per_image.csv into a report; give report=FOLDER with it")
         return
     from timm.optim import list_optimizers
 

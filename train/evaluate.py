@@ -21,6 +21,7 @@ from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.images import PixelRanges
 from zoo.train.labels import data_notes, label_names, match_labels
+from zoo.train.report import Outcomes
 from zoo.train.runs import check_writable, json_text, load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 from zoo.train.stop import TrainingFailed
@@ -51,7 +52,7 @@ class Evaluation:
 
     loss: float
     top1: float
-    top5: float
+    top5: float | None  # None where there are five classes or fewer, of which it would say nothing
     images: int
     images_per_second: float
     unreadable: int = 0  # of the images
@@ -90,8 +91,12 @@ def evaluate(
     channels_last: bool = False,
     max_batches: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    outcomes: Outcomes | None = None,
 ) -> Evaluation | None:
-    """Evaluate over all processes; None when `stop` asked to end early (looked at in single-process runs)."""
+    """Evaluate over all processes; None when `stop` asked to end early (looked at in single-process runs).
+
+    `outcomes` collects what was predicted for every image.
+    """
     was_training = model.training
     model.eval()
     evaluator = ClassificationEvaluator(device=world.device)
@@ -110,6 +115,8 @@ def evaluate(
             with precision():
                 output = model(images)
             evaluator.update(output, targets.to(world.device, non_blocking=True))
+            if outcomes is not None:
+                outcomes.add(output, targets, loader.places)
     finally:
         model.train(was_training)
     result = evaluator.compute(distributed=world.distributed)
@@ -122,9 +129,8 @@ def evaluate(
         raise UserError("there are no held-out images; check data.root and data.val_split")
     seconds = max(time.perf_counter() - begin, 1e-9)
     total = images_seen + unreadable
-    top1, top5 = result["top1"], result["top5"]
-    if unreadable:
-        top1, top5 = top1 * images_seen / total, top5 * images_seen / total
+    share = images_seen / total if unreadable else 1.0
+    top1, top5 = result["top1"] * share, result["top5"] * share if num_classes > 5 else None
     return Evaluation(result["loss"], top1, top5, total, images_seen / seconds, unreadable)
 
 
@@ -289,6 +295,8 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     """
     if cfg.out is not None:
         check_writable(Path(cfg.out))
+    if cfg.report is not None:
+        check_writable(Path(cfg.report) / "per_class.csv", "report")
     world = join_world(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -306,12 +314,16 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     if cfg.compile:
         model = torch.compile(model)
     loader = EvalLoader(dataset, cfg.data, shape, cfg.batch_size, world)
+    outcomes = Outcomes() if cfg.report is not None else None
+    options: dict[str, Any] = {"num_classes": num_classes, "amp": cfg.amp, "channels_last": cfg.channels_last}
     try:
-        result = evaluate(model, loader, world, num_classes=num_classes, amp=cfg.amp, channels_last=cfg.channels_last)
+        result = evaluate(model, loader, world, outcomes=outcomes, **options)
     finally:
         loader.close()
     assert result is not None
     unreadable = sorted(entry for entries in world.gather(loader.unreadable) for entry in entries)
+    if outcomes is not None:
+        outcomes.gather(world)
     if not math.isfinite(result.loss):
         raise TrainingFailed(
             f"the loss on the held-out images is {result.loss}, and so the accuracies say nothing; the weights are "
@@ -339,9 +351,16 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         if cfg.out is not None:
             target = Path(cfg.out)
             write_atomic(target, json_text(record))
+        if outcomes is not None:
+            names = found.names or label_names(dataset) or []
+            names = [*names, *(str(i) for i in range(len(names), num_classes))]
+            rows = [*outcomes.rows(names, dataset), *({"image": n, "error": r} for n, r in unreadable)]
+            for line in outcomes.write(Path(str(cfg.report)), names, rows if cfg.per_image else None):
+                print(line, flush=True)
         rate = f"{result.images_per_second:.0f} images/s"
+        top5 = "" if result.top5 is None else f"  top-5 {result.top5:.2f} %"
         print(
-            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  {result.images} images"
+            f"top-1 {result.top1:.2f} %{top5}  loss {result.loss:.4f}  {result.images} images"
             f"{unreadable_note(result.unreadable)}, {rate}  ({cfg.model.name}, {source['weights']} weights)"
         )
     world.leave()

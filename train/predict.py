@@ -13,7 +13,7 @@ from PIL import ImageOps
 from zoo.errors import UserError
 from zoo.train.arguments import parse_arguments
 from zoo.train.compose import from_container
-from zoo.train.config import EVAL, DataConfig, EvalConfig, ModelConfig
+from zoo.train.config import EVAL, EvalConfig
 from zoo.train.data import EvalLoader, ReaderImages, resolve_transform
 from zoo.train.evaluate import Source, open_source
 from zoo.train.folders import images_below
@@ -250,8 +250,8 @@ def predict(source: Source, cfg: EvalConfig, paths: Sequence[str], top: int = 5)
             best, indices = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
             for place, values, classes in zip(places.tolist(), best.tolist(), indices.tolist(), strict=True):
                 found[place] = Prediction(paths[place], tuple(zip(classes, values, strict=True)))
-        for place, reason in loader.unreadable:
-            found[int(place)] = Prediction(paths[int(place)], error=reason)
+        for name, reason in loader.unreadable:
+            found[int(name)] = Prediction(paths[int(name)], error=reason)
     finally:
         loader.close()
     return [found[place] for place in range(len(paths))]

@@ -100,8 +100,13 @@ def _without_nan(value: Any) -> Any:
     return [_without_nan(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def check_writable(out: Path) -> None:
-    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take."""
+def check_writable(out: Path, key: str = "out") -> None:
+    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take.
+
+    Args:
+        out: the file; its folder is made.
+        key: the argument that names it, for the message.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
@@ -111,7 +116,7 @@ def check_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
+        raise UserError(f"{key}={out} cannot be written: {error.strerror}; give another file") from error
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

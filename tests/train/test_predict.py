@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
 from pictures import CLASSES, FOLDER, class_folders, picture
+from PIL import Image
 from training import train
 
 from zoo.cli import main
