@@ -79,6 +79,7 @@ class DataConfig:
     root: Optional[str] = None
     train_split: str = "train"
     val_split: str = "validation"
+    val_fraction: Optional[float] = None  # of a folder without a split: the share of every class that is held out
     num_classes: Optional[int] = None  # found out where the data say it
     img_size: Optional[int] = None
     mean: Optional[list[float]] = None
@@ -289,6 +290,8 @@ def _check_data(data: DataConfig) -> None:
     require(data.img_size is None or data.img_size > 0, "data.img_size", data.img_size, "a size in pixels")
     require(0 <= data.num_workers <= 1024, "data.num_workers", data.num_workers, "0 to 1024 processes")
     require(data.num_classes is None or data.num_classes > 1, "data.num_classes", data.num_classes, "at least 2")
+    share = data.val_fraction
+    require(share is None or 0 < share < 1, "data.val_fraction", share, "a share between 0 and 1, such as 0.2")
     require(data.max_bad >= 0, "data.max_bad", data.max_bad, "a share below 1, or a number of images")
     for key, low, wanted in (("mean", 0.0, "values from 0 to 1"), ("std", 1e-6, "values above 0 up to 1")):
         values = getattr(data, key)
