@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Optional, TypeVar
@@ -22,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "check_value_range",
     "choose",
+    "parse_freeze",
     "require",
     "validate",
 ]
@@ -68,6 +70,9 @@ class ModelConfig:
     drop_rate: Optional[float] = None
     drop_path_rate: Optional[float] = None
     grad_checkpointing: bool = False
+    freeze: Any = (
+        None  # what is not trained: backbone, norms, "N stages" (with the stem), or several as [2 stages,norms]
+    )
     kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the model's own
 
 
@@ -265,7 +270,30 @@ def check_value_range(pair: list[float] | None) -> None:
         require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
 
 
+def parse_freeze(value: Any) -> list[str]:
+    """The parts that model.freeze names: "backbone", "norms", or a number of stages as digits; none where it is null.
+
+    Raises:
+        UserError: it names something else.
+    """
+    parts = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        text = "" if item is None or isinstance(item, bool) else str(item).strip()
+        stages = re.fullmatch(r"(\d+)( stages?)?", text)
+        if text in ("backbone", "norms"):
+            parts.append(text)
+        elif stages and int(stages[1]) > 0:
+            parts.append(stages[1])
+        elif item is not None:
+            raise UserError(
+                f"model.freeze={item!r} is not known; choose backbone, norms, 'N stages' such as '2 stages', or a list "
+                "of them"
+            )
+    return parts
+
+
 def _check_model(model: ModelConfig) -> None:
+    parse_freeze(model.freeze)
     for key in _OWN_MODEL_KEYS:
         if key in model.kwargs:
             raise UserError(f"model.kwargs.{key} is set by model.{key}; use `model.{key}={model.kwargs[key]}`")

@@ -19,6 +19,7 @@ from zoo.train.build import build_model, build_optimizer, build_schedule, build_
 from zoo.train.config import TrainConfig
 from zoo.train.data import FOLDERS, EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
+from zoo.train.freeze import freeze
 from zoo.train.images import BadImages
 from zoo.train.labels import check_same_data, data_notes, describe_data, label_names, match_labels
 from zoo.train.plot import Panel
@@ -111,7 +112,9 @@ class Trainer:
         cfg, world = self.cfg, self.world
         random_seed(cfg.seed, 0)  # the same weights in every process
         model = build_model(cfg.model, self.num_classes, cfg.data.img_size)
+        self.frozen = freeze(model, cfg.model.freeze, cfg.model.name)
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
         self.loader = TrainLoader(self.train_set, cfg.data, cfg.augment, shape, cfg.batch_size, cfg.seed, world)
         self.loader.bad = BadImages.read(self.recorder.run_dir / "bad_images.csv")
@@ -301,6 +304,7 @@ class Trainer:
         if progress.batch >= self.loader.batches or progress.step >= self.total_steps:
             return
         self.task.train()
+        self.frozen.hold()
         label = f"{progress.epoch + 1}/{self.epochs}"
         pending: list[Tensor] = []  # losses not yet read from the device
         clock, images_seen = time.perf_counter(), 0
@@ -476,6 +480,14 @@ class Trainer:
             self.loader.close()
             self.val_loader.close()
 
+    def _freeze_note(self) -> str | None:
+        """A line on what is trained where something is frozen."""
+        model = self.cfg.model
+        if self.trainable == self.parameters:
+            return None
+        random = "; the frozen ones are random, for model.pretrained is false" if not model.pretrained else ""
+        return f"model.freeze={model.freeze}: {self.trainable:,} of {self.parameters:,} parameters are trained{random}"
+
     def _ema_note(self) -> str | None:
         """A line where the run is too short for the decay of its averaged weights; None where it is not."""
         average: Any = self.task.get_trainable_module(ema=True) if self.task.has_ema() else None
@@ -500,9 +512,9 @@ class Trainer:
         recorder.resume(self.restore)
         self.rate = 0.0
         recorder.begin(self.total_steps, self.progress.step)
-        note = self._ema_note()
-        if note is not None and self.world.is_primary:
-            print(note, flush=True)
+        for note in (self._freeze_note(), self._ema_note()):
+            if note is not None and self.world.is_primary:
+                print(note, flush=True)
         try:
             if self.world.any(self.signals.received is not None):
                 self._stop()
@@ -529,6 +541,7 @@ class Trainer:
             "model": cfg.model.name,
             "data": cfg.data.name,
             "parameters": self.parameters,
+            "trainable": self.trainable,
             "top1": last.get(f"{kind}top1"),
             "top5": last.get(f"{kind}top5"),
             "loss": last.get("ema_loss" if kind else "val_loss"),
