@@ -22,6 +22,7 @@ from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
 from zoo.train.freeze import freeze
 from zoo.train.images import BadImages
 from zoo.train.labels import check_same_data, data_notes, describe_data, label_names, match_labels
+from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.runs import load_checkpoint
@@ -327,6 +328,7 @@ class Trainer:
             due = self.recorder.due(progress.step)
             stop = world.any(self.signals.received is not None or self.loader.too_many_bad())
             read = world.device.type == "cpu" or progress.step % cfg.log_every == 0 or end or due or stop
+            read = read or self.recorder.quiet
             last = None
             if read:
                 last = self._read(pending)
@@ -351,7 +353,7 @@ class Trainer:
         progress.seconds += time.perf_counter() - clock
 
     def _read(self, pending: list[Tensor]) -> float:
-        values = torch.stack(pending).double().cpu().tolist()
+        values = torch.stack(pending).cpu().double().tolist()
         pending.clear()
         for value in values:
             if not math.isfinite(value):
@@ -378,6 +380,7 @@ class Trainer:
             channels_last=self.cfg.channels_last,
             max_batches=1 if self.cfg.dry_run else None,
             stop=lambda: self.signals.received is not None,
+            remark=lambda images: self.recorder.remark(f"evaluating: {images} images"),
         )
         if result is None:
             raise Interrupted
@@ -412,10 +415,8 @@ class Trainer:
         epoch = progress.epoch + 1
         row: dict[str, Any] = {"epoch": epoch, "step": progress.step}
         row["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-        loss = self.world.sum(
-            torch.tensor([progress.loss_sum, progress.batch], dtype=torch.float64, device=self.world.device)
-        )
-        row["train_loss"] = float(loss[0] / loss[1])
+        loss, batches = self.world.totals(progress.loss_sum, progress.batch)
+        row["train_loss"] = loss / batches
         partial = progress.batch < self.loader.batches
         # a resumed run goes on inside the epoch, so what follows is no part of its state
         before = self._state() if partial else None
@@ -450,7 +451,7 @@ class Trainer:
         if row.get("ema_top1") is not None:
             parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
         if row.get("images_per_second"):
-            parts.append(f"{row['images_per_second']:.0f} images/s")
+            parts.append(rate_text(row["images_per_second"]))
         return "  ".join(parts)
 
     def _verify_dry_run(self) -> None:

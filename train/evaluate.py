@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from zoo.train.config import EvalConfig
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.images import PixelRanges
 from zoo.train.labels import data_notes, label_names, match_labels
+from zoo.train.loggers import Console, rate_text
 from zoo.train.report import Outcomes
 from zoo.train.runs import check_writable, json_text, load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
@@ -92,10 +94,12 @@ def evaluate(
     max_batches: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     outcomes: Outcomes | None = None,
+    remark: Callable[[int], None] = lambda images: None,
 ) -> Evaluation | None:
     """Evaluate over all processes; None when `stop` asked to end early (looked at in single-process runs).
 
-    `outcomes` collects what was predicted for every image.
+    `outcomes` collects what was predicted for every image; `remark` is told after every batch how many images this
+    process has seen.
     """
     was_training = model.training
     model.eval()
@@ -117,6 +121,7 @@ def evaluate(
             evaluator.update(output, targets.to(world.device, non_blocking=True))
             if outcomes is not None:
                 outcomes.add(output, targets, loader.places)
+            remark(evaluator.num_samples)
     finally:
         model.train(was_training)
     result = evaluator.compute(distributed=world.distributed)
@@ -315,7 +320,9 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         model = torch.compile(model)
     loader = EvalLoader(dataset, cfg.data, shape, cfg.batch_size, world)
     outcomes = Outcomes() if cfg.report is not None else None
-    options: dict[str, Any] = {"num_classes": num_classes, "amp": cfg.amp, "channels_last": cfg.channels_last}
+    console = Console(0, 0, 1, world.is_primary and not sys.stdout.isatty())
+    options: dict[str, Any] = {"remark": lambda images: console.remark(f"evaluating: {images} images")}
+    options |= {"num_classes": num_classes, "amp": cfg.amp, "channels_last": cfg.channels_last}
     try:
         result = evaluate(model, loader, world, outcomes=outcomes, **options)
     finally:
@@ -357,7 +364,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
             rows = [*outcomes.rows(names, dataset), *({"image": n, "error": r} for n, r in unreadable)]
             for line in outcomes.write(Path(str(cfg.report)), names, rows if cfg.per_image else None):
                 print(line, flush=True)
-        rate = f"{result.images_per_second:.0f} images/s"
+        rate = rate_text(result.images_per_second)
         top5 = "" if result.top5 is None else f"  top-5 {result.top5:.2f} %"
         print(
             f"top-1 {result.top1:.2f} %{top5}  loss {result.loss:.4f}  {result.images} images"

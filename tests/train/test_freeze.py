@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from pictures import class_folders
 from torch import nn
 from training import TINY, assert_same_run, checkpoint, resume, summary
 
@@ -17,7 +18,7 @@ from zoo.train.freeze import freeze
 SMALL = {"depths": [1, 1, 1], "embed_dims": [16, 32, 64], "mlp_ratios": [2, 2, 2], "num_classes": 10}
 VAN = (
     "model=van_digits", "model.kwargs.depths=[1,1]", "model.kwargs.embed_dims=[16,32]", "model.kwargs.mlp_ratios=[2,2]",
-    "batch_size=128", "device=cpu",
+    "data=imagefolder", "data.img_size=32", "data.num_workers=0", "augment=none", "batch_size=8", "device=cpu",
 )  # fmt: skip
 
 
@@ -85,7 +86,8 @@ def test_nothing_left(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("what", ["backbone", "norms", "1 stage"])
 def test_a_run_and_its_resume(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     """VAN has batch norms, whose running averages move in training mode."""
-    options = (*VAN, f"model.freeze={what}", "model.drop_path_rate=0.2")
+    class_folders(tmp_path / "data", train=8, held_out=3)
+    options = (*VAN, f"data.root={tmp_path / 'data'}", f"model.freeze={what}", "model.drop_path_rate=0.2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main("train", [f"run_dir={parts}", *options, "epochs=2", "max_steps=1"]) == 0
     before = checkpoint(parts)["state_dict"]

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from zoo.errors import UserError
 from zoo.train.images import PixelRanges
+from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.state import World, rng_state
@@ -238,6 +239,7 @@ class RunFolderHook(Hook):
             Interrupted: a signal came; the state before the evaluation is saved.
         """
         self.gallery.add(outputs or ())
+        self.recorder.remark(f"evaluating: batch {batch_idx + 1}")
         if self.recorder.begun and self.world.any(self.signals.received is not None):
             self._save(runner)
             raise Interrupted
@@ -256,7 +258,7 @@ class RunFolderHook(Hook):
     def after_round(self, runner: Runner) -> None:
         """Write the row of an epoch, or of the end of the run inside one, and save."""
         loop = self._loop(runner)
-        sums = self.world.sum(torch.tensor(self.losses, dtype=torch.float64, device=self.world.device)).tolist()
+        sums = self.world.totals(*self.losses)
         elapsed = time.monotonic() - self.begin
         partial = loop.iter % loop.steps_per_epoch != 0
         row: dict[str, Any] = {
@@ -283,7 +285,7 @@ class RunFolderHook(Hook):
                 self._save(runner, *names)
         parts = [f"{k.replace('_mAP', ' AP').replace('_', '')} {v:.3f}" for k, v in self._figures().items()]
         line = "  ".join([f"epoch {row['epoch']}/{loop.max_epochs}", f"train loss {row['train_loss']:.4f}", *parts])
-        self.recorder.publish(f"{line}  {row['images_per_second']:.1f} images/s")
+        self.recorder.publish(f"{line}  {rate_text(row['images_per_second'])}")
         self.metrics = {}
 
     def _figures(self) -> dict[str, float]:
