@@ -23,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "check_value_range",
     "choose",
+    "model_label",
     "parse_freeze",
     "require",
     "validate",
@@ -64,6 +65,7 @@ class ModelConfig:
     """Which model; `name` is any name that timm knows once zoo is imported."""
 
     name: str = MISSING
+    label: Optional[str] = None  # how folders and pictures call it; of models that are reduced by their kwargs
     pretrained: Any = False  # false, true (the published weights), or the path of a checkpoint file
     num_classes: Optional[int] = None  # the data's when null
     in_chans: int = 3  # 1 reads the images as grey ones
@@ -245,6 +247,15 @@ class EvalConfig:
     debug: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+
+def model_label(model: Any) -> str:
+    """What a model is called where it must not be taken for the published one: its label, or else its name.
+
+    Args:
+        model: a model section.
+    """
+    return str(model.label or model.name)
 
 
 def choose(key: str, value: str, known: Iterable[str]) -> str:

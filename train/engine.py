@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zoo.errors import UserError
 from zoo.train.build import build_model, build_optimizer, build_schedule, build_task
-from zoo.train.config import TrainConfig
+from zoo.train.config import TrainConfig, model_label
 from zoo.train.data import FOLDERS, EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
 from zoo.train.freeze import freeze
@@ -26,12 +26,14 @@ from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.runs import load_checkpoint
+from zoo.train.samples import draw_samples
 from zoo.train.state import World, determinism, isolated_rng, restore_rng, rng_state
 from zoo.train.stop import Interrupted, Signals, TrainingFailed
 
 __all__ = ["Progress", "Trainer"]
 
 FORMAT = 1
+_DRAWN = 16  # training images in augmented.png
 _NEAR_INITIAL = 0.05  # the share of the first weights in the averaged ones from which on the user is warned
 FIGURES = Figures(
     (
@@ -116,7 +118,7 @@ class Trainer:
         self.frozen = freeze(model, cfg.model.freeze, cfg.model.name)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
+        self.shape = shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
         self.loader = TrainLoader(self.train_set, cfg.data, cfg.augment, shape, cfg.batch_size, cfg.seed, world)
         self.loader.bad = BadImages.read(self.recorder.run_dir / "bad_images.csv")
         if cfg.data.root is not None:
@@ -481,6 +483,27 @@ class Trainer:
             self.loader.close()
             self.val_loader.close()
 
+    def _draw_samples(self) -> None:
+        """augmented.png: the first training images as they are augmented, and mixed among themselves."""
+        images, targets = self.loader.sample(_DRAWN)
+        if len(images) % 2 and self.mixup is not None:
+            images, targets = images[:-1], targets[:-1]
+        if len(images) == 0:
+            return
+        images, targets = self._mix(images, targets, 0)
+        draw_samples(
+            self.recorder.run_dir / "augmented.png", images, targets, self.data_facts["label_names"], self.shape
+        )
+
+    def _label_note(self) -> str | None:
+        """A line where the model is not the one that its name promises."""
+        model = self.cfg.model
+        if model.label is None:
+            return None
+        return (
+            f"model: {model.label}, a {model.name} reduced to {self.parameters / 1e6:.2f} M parameters (model.kwargs)"
+        )
+
     def _freeze_note(self) -> str | None:
         """A line on what is trained where something is frozen."""
         model = self.cfg.model
@@ -513,12 +536,14 @@ class Trainer:
         recorder.resume(self.restore)
         self.rate = 0.0
         recorder.begin(self.total_steps, self.progress.step)
-        for note in (self._freeze_note(), self._ema_note()):
+        for note in (self._label_note(), self._freeze_note(), self._ema_note()):
             if note is not None and self.world.is_primary:
                 print(note, flush=True)
         try:
             if self.world.any(self.signals.received is not None):
                 self._stop()
+            if self.world.is_primary and self.progress.step == 0:
+                self._draw_samples()
             while self.progress.step < self.total_steps or self.progress.batch > 0:
                 self._train_epoch()
                 if self.cfg.dry_run:
@@ -540,6 +565,7 @@ class Trainer:
         kind = "ema_" if last.get("ema_top1") is not None else ""
         facts = {
             "model": cfg.model.name,
+            "label": cfg.model.label,
             "data": cfg.data.name,
             "parameters": self.parameters,
             "trainable": self.trainable,
@@ -557,5 +583,7 @@ class Trainer:
             facts, step=progress.step, seconds=progress.seconds, rate=rate, packages=versions()
         )
         if self.world.is_primary and recorder.history:
-            recorder.plot(f"{cfg.model.name} on {cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %")
+            recorder.plot(
+                f"{model_label(cfg.model)} on {cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %"
+            )
         return summary

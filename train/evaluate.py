@@ -18,7 +18,7 @@ from torch import nn
 from zoo.errors import UserError
 from zoo.models.checkpoints import load_plain, read_checkpoint, read_source
 from zoo.train.build import build_model, load_weights
-from zoo.train.config import EvalConfig
+from zoo.train.config import EvalConfig, model_label
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.images import PixelRanges
 from zoo.train.labels import data_notes, label_names, match_labels
@@ -343,6 +343,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
             print(f"unreadable: {len(unreadable) - _SHOWN} more{'; out=FILE lists all' if not cfg.out else ''}")
         record = {
             "model": cfg.model.name,
+            "label": cfg.model.label,
             **source,
             "data": cfg.data.name,
             "images": result.images,
@@ -368,7 +369,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         top5 = "" if result.top5 is None else f"  top-5 {result.top5:.2f} %"
         print(
             f"top-1 {result.top1:.2f} %{top5}  loss {result.loss:.4f}  {result.images} images"
-            f"{unreadable_note(result.unreadable)}, {rate}  ({cfg.model.name}, {source['weights']} weights)"
+            f"{unreadable_note(result.unreadable)}, {rate}  ({model_label(cfg.model)}, {source['weights']} weights)"
         )
     world.leave()
     return result

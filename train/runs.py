@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 
 from zoo.errors import UserError, first_line
 from zoo.models.checkpoints import load_plain
+from zoo.train.config import model_label
 from zoo.train.state import World, join_world
 from zoo.train.stop import Interrupted
 
@@ -601,7 +602,7 @@ def claim_folder(
         raise
     except (UserError, KeyboardInterrupt):
         if lock is not None and own is None and not _holds_results(folder):
-            _discard(folder, ("config.yaml", "metrics.csv", ".lock", *leftovers))
+            _discard(folder, ("config.yaml", "metrics.csv", "augmented.png", ".lock", *leftovers))
         raise
     finally:
         if lock is not None:
@@ -623,7 +624,7 @@ def _new_folder(cfg: Any) -> Path:
             raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; give another folder") from error
         return folder
     data = cfg.data.name.replace("/", "_") or "imagefolder"
-    base = Path(cfg.run_root) / f"{cfg.model.name}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = Path(cfg.run_root) / f"{model_label(cfg.model)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 1000):
         folder = base if count == 1 else base.with_name(f"{base.name}-{count}")
         try:

@@ -44,6 +44,7 @@ class BackboneConfig:
     """The arguments of zoo.Backbone."""
 
     name: str = MISSING
+    label: Optional[str] = None  # how folders and pictures call it; of models that are reduced by their kwargs
     pretrained: Any = False  # false, true (the published weights), a checkpoint file, or a run folder
     out_indices: Optional[list[int]] = None  # the levels of stride 4 to 32 when null
     frozen_stages: int = -1

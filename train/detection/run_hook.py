@@ -16,6 +16,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from zoo.errors import UserError
+from zoo.train.config import model_label
 from zoo.train.images import PixelRanges
 from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
@@ -316,6 +317,7 @@ class RunFolderHook(Hook):
         dataset = runner.val_loop.dataloader.dataset
         facts = {
             "model": cfg.model.name,
+            "label": cfg.model.label,
             "detector": cfg.detector.name,
             "data": cfg.data.name,
             "parameters": sum(p.numel() for p in plain_model(runner).parameters()),
@@ -331,7 +333,7 @@ class RunFolderHook(Hook):
         )
         if self.world.is_primary:
             precision = f": box AP50 {last['bbox_mAP_50']:.3f}" if last else ""
-            recorder.plot(f"{cfg.detector.name}, {cfg.model.name} on {cfg.data.name}{precision}")
+            recorder.plot(f"{cfg.detector.name}, {model_label(cfg.model)} on {cfg.data.name}{precision}")
             self.gallery.write(self.run_dir / "predictions.png", dataset)
 
     def _seconds(self) -> float:
