@@ -80,6 +80,7 @@ class DetectDataConfig:
     val_images: str = "val2017"
     scale: list[int] = field(default_factory=lambda: [1333, 800])  # longest and shortest side
     augment: str = "flip"
+    keep_empty: bool = False  # train on images without objects too
     pad_divisor: int = 32
     num_workers: int = 2
     value_range: Optional[list[float]] = None  # [black, white] of images with more than 8 bits a pixel
