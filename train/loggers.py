@@ -109,12 +109,6 @@ class Loggers:
             sink.close()
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def rate_text(rate: float) -> str:
     """A rate in images per second, in three digits; below one the seconds that an image takes."""
     if rate >= 9.95:
@@ -168,8 +162,10 @@ class Console:
 
     def eta(self) -> str:
         """Time to the end at the pace so far."""
+        from tqdm import tqdm
+
         pace = (time.perf_counter() - self.started) / max(1, self.done - self.first)
-        return _clock(pace * (self.total - self.done))
+        return tqdm.format_interval(round(pace * (self.total - self.done)))
 
     def step(self, epoch: str, loss: float | None, rate: float, lr: float) -> None:
         """Count an update; `loss` is None where reading it would stall the device."""
