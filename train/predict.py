@@ -207,7 +207,7 @@ def class_titles(source: Source) -> tuple[list[str], list[str], str | None]:
         note = f"note: the weights do not name their {count} classes, which are numbered from 0"
         names = [str(i) for i in range(count)]
     names = [*names, *(str(i) for i in range(len(names), count))]
-    words = known.label_descriptions(as_dict=True) if known is not None else {}
+    words: Any = known.label_descriptions(as_dict=True) if known is not None else {}
     return names, [words[name].split(",")[0] if name in words else name for name in names], note
 
 
@@ -254,7 +254,7 @@ def predict(source: Source, cfg: EvalConfig, paths: Sequence[str], top: int = 5)
             found[int(name)] = Prediction(paths[int(name)], error=reason)
     finally:
         loader.close()
-    return [found[place] for place in range(len(paths))]
+    return [found[number] for number in range(len(paths))]
 
 
 def _rows(prediction: Prediction, base: str, names: Sequence[str], titles: Sequence[str]) -> list[dict[str, Any]]:
