@@ -60,7 +60,7 @@ def _train(arguments: Arguments) -> None:
         if arguments.show:
             show_sweep(TRAIN, arguments)
             return
-        sweep(TRAIN, arguments, lambda config: float(_train_one(config)["top1"]))
+        sweep(TRAIN, arguments, lambda config: float(_train_one(config)["top1"]), "top1")
         return
     if run is not None:
         config = resumed_config(run, TRAIN, _RESUMED, arguments.overrides, arguments.search_path)

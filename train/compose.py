@@ -21,7 +21,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.base import Container
 from omegaconf.basecontainer import BaseContainer
-from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
@@ -57,7 +64,18 @@ _HYDRA_KEYS = (
 )
 _SEARCH_PATH = "hydra.searchpath="
 # Keys that hold a path (or, of weights, a choice): their values are taken as they are, and `~` is the home folder.
-PATHS = ("data.root", "run_root", "run_dir", "resume", "run", "out", "pretrained", "model.pretrained", "weights")
+PATHS = (
+    "data.root",
+    "run_root",
+    "run_dir",
+    "resume",
+    "run",
+    "out",
+    "report",
+    "pretrained",
+    "model.pretrained",
+    "weights",
+)
 # Resolvers that a configuration may use: Hydra's own, and these very words of ours. All others could carry what is in
 # the environment into a run folder, a logger or an export, or decide by it what is trained.
 _HYDRA_RESOLVERS = ("now", "hydra", "python_version")
@@ -286,11 +304,13 @@ def _unknown_key(key: str, schema: Schema[Any]) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
-def _explain_value(text: str, schema: Schema[Any]) -> str | None:
-    """A message of OmegaConf's as one line, where it is one that users meet."""
-    full = re.search(r"full_key: (\S+)", text)
-    key = full.group(1) if full else ""
-    if re.search(r"Key '[^']+' (is not in struct|not in )", text):
+def _explain_value(error: BaseException | None, schema: Schema[Any]) -> str | None:
+    """An error of OmegaConf's as one line, where it is one that users meet."""
+    if error is None:
+        return None
+    text = str(error)
+    key = str(getattr(error, "full_key", None) or "")
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and key:
         return _unknown_key(key, schema)
     wrong = re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", text)
     if wrong:
@@ -306,7 +326,7 @@ def _explain_value(text: str, schema: Schema[Any]) -> str | None:
     if closed:
         where = f"{key}: " if key else ""
         return f"{where}a configuration cannot call the resolver {closed.group(1)}; write the value itself"
-    if "Interpolation key" in text:
+    if isinstance(error, InterpolationKeyError):
         return f"{key}: {text.splitlines()[0]}; quote a dollar sign that is meant as one"
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
@@ -324,8 +344,8 @@ def _explain(error: Exception, schema: Schema[Any]) -> str:
         return _unknown_key(unknown.group(1), schema)
     if "Ambiguous value" in texts[0]:
         return f"{texts[0].splitlines()[0]}; write a list as key=[a,b], or sweep over the values with --multirun"
-    for text in reversed(texts):
-        found = _explain_value(text, schema)
+    for raised in (error.__cause__, error):
+        found = _explain_value(raised, schema)
         if found:
             return found
     lines = [line.strip() for line in "\n".join(t for t in texts if t).splitlines()]
@@ -468,8 +488,7 @@ def from_container(config: Any, schema: Schema[Config]) -> Config:
     try:
         instance = OmegaConf.to_object(typed(config, schema))
     except MissingMandatoryValue as error:
-        key = re.search(r"full_key: (\S+)", str(error))
-        name = key.group(1) if key else first_line(error)
+        name = error.full_key or first_line(error)
         raise UserError(f"{name} is not set; give {name}=VALUE") from error
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, schema)) from error

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Optional, TypeVar
@@ -22,6 +23,8 @@ __all__ = [
     "TrainConfig",
     "check_value_range",
     "choose",
+    "model_label",
+    "parse_freeze",
     "require",
     "validate",
 ]
@@ -62,12 +65,16 @@ class ModelConfig:
     """Which model; `name` is any name that timm knows once zoo is imported."""
 
     name: str = MISSING
+    label: Optional[str] = None  # how folders and pictures call it; of models that are reduced by their kwargs
     pretrained: Any = False  # false, true (the published weights), or the path of a checkpoint file
     num_classes: Optional[int] = None  # the data's when null
     in_chans: int = 3  # 1 reads the images as grey ones
     drop_rate: Optional[float] = None
     drop_path_rate: Optional[float] = None
     grad_checkpointing: bool = False
+    freeze: Any = (
+        None  # what is not trained: backbone, norms, "N stages" (with the stem), or several as [2 stages,norms]
+    )
     kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the model's own
 
 
@@ -79,6 +86,7 @@ class DataConfig:
     root: Optional[str] = None
     train_split: str = "train"
     val_split: str = "validation"
+    val_fraction: Optional[float] = None  # of a folder without a split: the share of every class that is held out
     num_classes: Optional[int] = None  # found out where the data say it
     img_size: Optional[int] = None
     mean: Optional[list[float]] = None
@@ -228,6 +236,8 @@ class EvalConfig:
     weights: str = "auto"  # of a run: ema, raw; auto is ema where the run kept it
     pretrained: Any = None  # of a model: true (the published weights), or the path of a checkpoint file
     out: Optional[str] = None  # a JSON file for the result
+    report: Optional[str] = None  # a folder for per_class.csv, confusion.csv and confusion.png
+    per_image: bool = False  # per_image.csv too: what was predicted for every image
     batch_size: int = 64
     device: str = "auto"
     threads: Optional[int] = None
@@ -237,6 +247,15 @@ class EvalConfig:
     debug: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+
+def model_label(model: Any) -> str:
+    """What a model is called where it must not be taken for the published one: its label, or else its name.
+
+    Args:
+        model: a model section.
+    """
+    return str(model.label or model.name)
 
 
 def choose(key: str, value: str, known: Iterable[str]) -> str:
@@ -262,7 +281,30 @@ def check_value_range(pair: list[float] | None) -> None:
         require(ordered, "data.value_range", pair, "[black,white] with black < white, such as [0,4095]")
 
 
+def parse_freeze(value: Any) -> list[str]:
+    """The parts that model.freeze names: "backbone", "norms", or a number of stages as digits; none where it is null.
+
+    Raises:
+        UserError: it names something else.
+    """
+    parts = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        text = "" if item is None or isinstance(item, bool) else str(item).strip()
+        stages = re.fullmatch(r"(\d+)( stages?)?", text)
+        if text in ("backbone", "norms"):
+            parts.append(text)
+        elif stages and int(stages[1]) > 0:
+            parts.append(stages[1])
+        elif item is not None:
+            raise UserError(
+                f"model.freeze={item!r} is not known; choose backbone, norms, 'N stages' such as '2 stages', or a list "
+                "of them"
+            )
+    return parts
+
+
 def _check_model(model: ModelConfig) -> None:
+    parse_freeze(model.freeze)
     for key in _OWN_MODEL_KEYS:
         if key in model.kwargs:
             raise UserError(f"model.kwargs.{key} is set by model.{key}; use `model.{key}={model.kwargs[key]}`")
@@ -287,6 +329,8 @@ def _check_data(data: DataConfig) -> None:
     require(data.img_size is None or data.img_size > 0, "data.img_size", data.img_size, "a size in pixels")
     require(0 <= data.num_workers <= 1024, "data.num_workers", data.num_workers, "0 to 1024 processes")
     require(data.num_classes is None or data.num_classes > 1, "data.num_classes", data.num_classes, "at least 2")
+    share = data.val_fraction
+    require(share is None or 0 < share < 1, "data.val_fraction", share, "a share between 0 and 1, such as 0.2")
     require(data.max_bad >= 0, "data.max_bad", data.max_bad, "a share below 1, or a number of images")
     for key, low, wanted in (("mean", 0.0, "values from 0 to 1"), ("std", 1e-6, "values above 0 up to 1")):
         values = getattr(data, key)
@@ -344,6 +388,8 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
     if not isinstance(cfg, TrainConfig):
         choose("checkpoint", cfg.checkpoint, ("last", "best", "previous"))
         choose("weights", cfg.weights, ("auto", "ema", "raw"))
+        if cfg.per_image and cfg.report is None:
+            raise UserError("per_image=true writes per_image.csv into a report; give report=FOLDER with it")
         return
     from timm.optim import list_optimizers
 

@@ -1,5 +1,7 @@
 """Data sets by name: scikit-learn's digits, folders, timm.data's; in an order that a resumed run finds again."""
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -32,6 +34,7 @@ from zoo.train.views import View
 __all__ = [
     "Digits",
     "EvalLoader",
+    "ReaderImages",
     "TrainLoader",
     "class_count",
     "create_mixup",
@@ -151,7 +154,61 @@ def _split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise UserError(f"no folder {root / split} (nor {', '.join(n for n in names if n != split) or 'another name'}); "
-                    f"put the {split} images in {root}/{names[0]}/CLASS/ or set the split's name")  # fmt: skip
+                    f"put the {split} images in {root}/{names[0]}/CLASS/, set the split's name, or hold out a share of "
+                    "a folder without splits with data.val_fraction=0.2")  # fmt: skip
+
+
+def _split_at_hand(root: Path, split: str) -> Path | None:
+    """The folder of a split, where there is one."""
+    names = next((names for names in SPLITS.values() if split in names), (split,))
+    return next((root / name for name in dict.fromkeys((split, *names)) if (root / name).is_dir()), None)
+
+
+def _undivided(cfg: DataConfig, root: Path) -> Path:
+    """The folder whose images are divided by data.val_fraction: that of the training images, or the root itself.
+
+    Raises:
+        UserError: held-out images have a folder of their own.
+    """
+    training, held_out = _split_at_hand(root, cfg.train_split), _split_at_hand(root, cfg.val_split)
+    if training is not None and held_out is not None:
+        raise UserError(
+            f"data.val_fraction={cfg.val_fraction:g} divides a folder without a split, and {shown(held_out)} holds "
+            "held-out images; leave it out"
+        )
+    return training or root
+
+
+def _divide(reader: FolderReader, fraction: float, training: bool) -> str:
+    """Leave a reader the training images of every class, or the held-out ones; returns a line on the division.
+
+    Which images are held out depends on the fraction and on their names alone, so that a resumed run, an evaluation and
+    a run of another seed find the same ones.
+    """
+    start = len(str(reader.folder)) + 1
+    by_class: dict[int, list[tuple[str, int]]] = {}
+    for sample in reader.samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    held_out: set[str] = set()
+    for samples in by_class.values():
+        order = sorted(
+            (path for path, _ in samples),
+            key=lambda path: (hashlib.sha256(os.fsencode(path[start:])).digest(), path),
+        )
+        held_out.update(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+    total = len(reader.samples)
+    if not held_out:
+        raise UserError(
+            f"data.val_fraction={fraction:g} of {shown(reader.folder)} leaves nothing to hold out: every class has one "
+            "image; add images"
+        )
+    reader.samples = [sample for sample in reader.samples if (sample[0] in held_out) != training]
+    alone = sum(len(samples) == 1 for samples in by_class.values())
+    note = f"; {alone} with a single image hold none" if alone else ""
+    return (
+        f"data.val_fraction={fraction:g}: {len(held_out)} of {total} images in {shown(reader.folder)} are held out, "
+        f"the same share of each of {len(by_class)} classes{note}"
+    )
 
 
 def _pixel_ranges(cfg: DataConfig) -> PixelRanges | None:
@@ -163,8 +220,11 @@ def _open_folder(
 ) -> ReaderImages:
     root = Path(str(cfg.root))
     split = cfg.train_split if training else cfg.val_split
-    reader = FolderReader(_split_folder(root, split), root, class_map, complete=training, known_as=known_as)
+    folder = _split_folder(root, split) if cfg.val_fraction is None else _undivided(cfg, root)
+    reader = FolderReader(folder, root, class_map, complete=training, known_as=known_as)
     notes = list(reader.notes)
+    if cfg.val_fraction is not None:
+        notes.append(_divide(reader, cfg.val_fraction, training))
     if training and len(reader.class_to_idx) == 1:
         only, inner = next(iter(reader.class_to_idx)), reader.inner_folders()
         hint = ""
@@ -214,6 +274,11 @@ def open_dataset(
     mode = "L" if in_chans == 1 else "RGB"
     ranges = _pixel_ranges(cfg) or ranges
     scheme, slash, _ = cfg.name.partition("/")
+    if cfg.val_fraction is not None and cfg.name not in FOLDERS:
+        raise UserError(
+            f"data.val_fraction={cfg.val_fraction:g} divides folders, and data.name={cfg.name} has splits of its own; "
+            "leave it out"
+        )
     if cfg.name == "digits":
         return Digits("train" if training else "validation", mode)
     if not slash and cfg.name not in FOLDERS:

@@ -16,20 +16,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zoo.errors import UserError
 from zoo.train.build import build_model, build_optimizer, build_schedule, build_task
-from zoo.train.config import TrainConfig
+from zoo.train.config import TrainConfig, model_label
 from zoo.train.data import FOLDERS, EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
+from zoo.train.freeze import freeze
 from zoo.train.images import BadImages
 from zoo.train.labels import check_same_data, data_notes, describe_data, label_names, match_labels
+from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.runs import load_checkpoint
+from zoo.train.samples import draw_samples
 from zoo.train.state import World, determinism, isolated_rng, restore_rng, rng_state
 from zoo.train.stop import Interrupted, Signals, TrainingFailed
 
 __all__ = ["Progress", "Trainer"]
 
 FORMAT = 1
+_DRAWN = 16  # training images in augmented.png
 _NEAR_INITIAL = 0.05  # the share of the first weights in the averaged ones from which on the user is warned
 FIGURES = Figures(
     (
@@ -111,8 +115,10 @@ class Trainer:
         cfg, world = self.cfg, self.world
         random_seed(cfg.seed, 0)  # the same weights in every process
         model = build_model(cfg.model, self.num_classes, cfg.data.img_size)
+        self.frozen = freeze(model, cfg.model.freeze, cfg.model.name)
         self.parameters = sum(p.numel() for p in model.parameters())
-        shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.shape = shape = resolve_transform(cfg.data, model, cfg.model.in_chans)
         self.loader = TrainLoader(self.train_set, cfg.data, cfg.augment, shape, cfg.batch_size, cfg.seed, world)
         self.loader.bad = BadImages.read(self.recorder.run_dir / "bad_images.csv")
         if cfg.data.root is not None:
@@ -301,6 +307,7 @@ class Trainer:
         if progress.batch >= self.loader.batches or progress.step >= self.total_steps:
             return
         self.task.train()
+        self.frozen.hold()
         label = f"{progress.epoch + 1}/{self.epochs}"
         pending: list[Tensor] = []  # losses not yet read from the device
         clock, images_seen = time.perf_counter(), 0
@@ -323,6 +330,7 @@ class Trainer:
             due = self.recorder.due(progress.step)
             stop = world.any(self.signals.received is not None or self.loader.too_many_bad())
             read = world.device.type == "cpu" or progress.step % cfg.log_every == 0 or end or due or stop
+            read = read or self.recorder.quiet
             last = None
             if read:
                 last = self._read(pending)
@@ -347,7 +355,7 @@ class Trainer:
         progress.seconds += time.perf_counter() - clock
 
     def _read(self, pending: list[Tensor]) -> float:
-        values = torch.stack(pending).double().cpu().tolist()
+        values = torch.stack(pending).cpu().double().tolist()
         pending.clear()
         for value in values:
             if not math.isfinite(value):
@@ -374,6 +382,7 @@ class Trainer:
             channels_last=self.cfg.channels_last,
             max_batches=1 if self.cfg.dry_run else None,
             stop=lambda: self.signals.received is not None,
+            remark=lambda images: self.recorder.remark(f"evaluating: {images} images"),
         )
         if result is None:
             raise Interrupted
@@ -408,10 +417,8 @@ class Trainer:
         epoch = progress.epoch + 1
         row: dict[str, Any] = {"epoch": epoch, "step": progress.step}
         row["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-        loss = self.world.sum(
-            torch.tensor([progress.loss_sum, progress.batch], dtype=torch.float64, device=self.world.device)
-        )
-        row["train_loss"] = float(loss[0] / loss[1])
+        loss, batches = self.world.totals(progress.loss_sum, progress.batch)
+        row["train_loss"] = loss / batches
         partial = progress.batch < self.loader.batches
         # a resumed run goes on inside the epoch, so what follows is no part of its state
         before = self._state() if partial else None
@@ -446,7 +453,7 @@ class Trainer:
         if row.get("ema_top1") is not None:
             parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
         if row.get("images_per_second"):
-            parts.append(f"{row['images_per_second']:.0f} images/s")
+            parts.append(rate_text(row["images_per_second"]))
         return "  ".join(parts)
 
     def _verify_dry_run(self) -> None:
@@ -476,6 +483,35 @@ class Trainer:
             self.loader.close()
             self.val_loader.close()
 
+    def _draw_samples(self) -> None:
+        """augmented.png: the first training images as they are augmented, and mixed among themselves."""
+        images, targets = self.loader.sample(_DRAWN)
+        if len(images) % 2 and self.mixup is not None:
+            images, targets = images[:-1], targets[:-1]
+        if len(images) == 0:
+            return
+        images, targets = self._mix(images, targets, 0)
+        draw_samples(
+            self.recorder.run_dir / "augmented.png", images, targets, self.data_facts["label_names"], self.shape
+        )
+
+    def _label_note(self) -> str | None:
+        """A line where the model is not the one that its name promises."""
+        model = self.cfg.model
+        if model.label is None:
+            return None
+        return (
+            f"model: {model.label}, a {model.name} reduced to {self.parameters / 1e6:.2f} M parameters (model.kwargs)"
+        )
+
+    def _freeze_note(self) -> str | None:
+        """A line on what is trained where something is frozen."""
+        model = self.cfg.model
+        if self.trainable == self.parameters:
+            return None
+        random = "; the frozen ones are random, for model.pretrained is false" if not model.pretrained else ""
+        return f"model.freeze={model.freeze}: {self.trainable:,} of {self.parameters:,} parameters are trained{random}"
+
     def _ema_note(self) -> str | None:
         """A line where the run is too short for the decay of its averaged weights; None where it is not."""
         average: Any = self.task.get_trainable_module(ema=True) if self.task.has_ema() else None
@@ -500,12 +536,14 @@ class Trainer:
         recorder.resume(self.restore)
         self.rate = 0.0
         recorder.begin(self.total_steps, self.progress.step)
-        note = self._ema_note()
-        if note is not None and self.world.is_primary:
-            print(note, flush=True)
+        for note in (self._label_note(), self._freeze_note(), self._ema_note()):
+            if note is not None and self.world.is_primary:
+                print(note, flush=True)
         try:
             if self.world.any(self.signals.received is not None):
                 self._stop()
+            if self.world.is_primary and self.progress.step == 0:
+                self._draw_samples()
             while self.progress.step < self.total_steps or self.progress.batch > 0:
                 self._train_epoch()
                 if self.cfg.dry_run:
@@ -527,8 +565,10 @@ class Trainer:
         kind = "ema_" if last.get("ema_top1") is not None else ""
         facts = {
             "model": cfg.model.name,
+            "label": cfg.model.label,
             "data": cfg.data.name,
             "parameters": self.parameters,
+            "trainable": self.trainable,
             "top1": last.get(f"{kind}top1"),
             "top5": last.get(f"{kind}top5"),
             "loss": last.get("ema_loss" if kind else "val_loss"),
@@ -543,5 +583,7 @@ class Trainer:
             facts, step=progress.step, seconds=progress.seconds, rate=rate, packages=versions()
         )
         if self.world.is_primary and recorder.history:
-            recorder.plot(f"{cfg.model.name} on {cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %")
+            recorder.plot(
+                f"{model_label(cfg.model)} on {cfg.data.name or 'imagefolder'}: top-1 {summary['top1']:.2f} %"
+            )
         return summary

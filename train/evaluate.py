@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,22 +18,26 @@ from torch import nn
 from zoo.errors import UserError
 from zoo.models.checkpoints import load_plain, read_checkpoint, read_source
 from zoo.train.build import build_model, load_weights
-from zoo.train.config import EvalConfig
+from zoo.train.config import EvalConfig, model_label
 from zoo.train.data import FOLDERS, EvalLoader, class_count, open_dataset, resolve_transform
 from zoo.train.images import PixelRanges
 from zoo.train.labels import data_notes, label_names, match_labels
+from zoo.train.loggers import Console, rate_text
+from zoo.train.report import Outcomes
 from zoo.train.runs import check_writable, json_text, load_run, select_weights, write_atomic
 from zoo.train.state import World, join_world
 from zoo.train.stop import TrainingFailed
 
 __all__ = [
     "Evaluation",
+    "Source",
     "autocast",
     "check_head",
     "check_targets",
     "evaluate",
     "evaluate_command",
     "file_labels",
+    "open_source",
     "unreadable_note",
 ]
 
@@ -49,7 +54,7 @@ class Evaluation:
 
     loss: float
     top1: float
-    top5: float
+    top5: float | None  # None where there are five classes or fewer, of which it would say nothing
     images: int
     images_per_second: float
     unreadable: int = 0  # of the images
@@ -88,8 +93,14 @@ def evaluate(
     channels_last: bool = False,
     max_batches: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    outcomes: Outcomes | None = None,
+    remark: Callable[[int], None] = lambda images: None,
 ) -> Evaluation | None:
-    """Evaluate over all processes; None when `stop` asked to end early (looked at in single-process runs)."""
+    """Evaluate over all processes; None when `stop` asked to end early (looked at in single-process runs).
+
+    `outcomes` collects what was predicted for every image; `remark` is told after every batch how many images this
+    process has seen.
+    """
     was_training = model.training
     model.eval()
     evaluator = ClassificationEvaluator(device=world.device)
@@ -108,6 +119,9 @@ def evaluate(
             with precision():
                 output = model(images)
             evaluator.update(output, targets.to(world.device, non_blocking=True))
+            if outcomes is not None:
+                outcomes.add(output, targets, loader.places)
+            remark(evaluator.num_samples)
     finally:
         model.train(was_training)
     result = evaluator.compute(distributed=world.distributed)
@@ -120,14 +134,13 @@ def evaluate(
         raise UserError("there are no held-out images; check data.root and data.val_split")
     seconds = max(time.perf_counter() - begin, 1e-9)
     total = images_seen + unreadable
-    top1, top5 = result["top1"], result["top5"]
-    if unreadable:
-        top1, top5 = top1 * images_seen / total, top5 * images_seen / total
+    share = images_seen / total if unreadable else 1.0
+    top1, top5 = result["top1"] * share, result["top5"] * share if num_classes > 5 else None
     return Evaluation(result["loss"], top1, top5, total, images_seen / seconds, unreadable)
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A model with weights and what they say of the data that they were trained on."""
 
     model: Any
@@ -137,7 +150,7 @@ class _Source:
     ranges: PixelRanges | None = None
 
 
-def _from_run(cfg: EvalConfig) -> _Source:
+def _from_run(cfg: EvalConfig) -> Source:
     run = load_run(str(cfg.run))
     path, state = run.checkpoint(cfg.checkpoint)
     weights, kind = select_weights(state, cfg.weights)
@@ -146,7 +159,7 @@ def _from_run(cfg: EvalConfig) -> _Source:
     facts = {"run": str(run.path), "checkpoint": str(path), "weights": kind, "step": state["step"]}
     found = (state.get("data_set") or {}).get("ranges")
     ranges = PixelRanges.from_state(found) if found else None
-    return _Source(model, facts, state.get("label_names"), "the run's training images", ranges)
+    return Source(model, facts, state.get("label_names"), "the run's training images", ranges)
 
 
 def file_labels(path: Path) -> list[str] | None:
@@ -195,7 +208,7 @@ def check_head(model: Any, source: str | bool) -> None:
             )
 
 
-def _from_model(cfg: EvalConfig) -> _Source:
+def _from_model(cfg: EvalConfig) -> Source:
     source = cfg.model.pretrained if cfg.pretrained is None else cfg.pretrained
     if not isinstance(source, bool | str):
         raise UserError(f"pretrained={source!r} is no choice; give true or the path of a checkpoint file")
@@ -209,7 +222,16 @@ def _from_model(cfg: EvalConfig) -> _Source:
     if names is not None and len(names) > model.num_classes:
         names = None
     facts = {"weights": source if isinstance(source, str) else "published"}
-    return _Source(model, facts, names, "the checkpoint's training images")
+    return Source(model, facts, names, "the checkpoint's training images")
+
+
+def open_source(cfg: EvalConfig) -> Source:
+    """The model that `zoo eval` and `zoo predict` name, with its weights.
+
+    Raises:
+        UserError: the run, the model or the weights are not there, or do not fit.
+    """
+    return _from_run(cfg) if cfg.run is not None else _from_model(cfg)
 
 
 def _published_labels(model: Any, names: list[str] | None) -> list[str] | None:
@@ -252,7 +274,7 @@ def _check_count(cfg: EvalConfig, model: Any, expected: int | None) -> None:
     )
 
 
-def _open_for(cfg: EvalConfig, source: _Source) -> Any:
+def _open_for(cfg: EvalConfig, source: Source) -> Any:
     """The held-out images, their classes numbered as the model numbers them: by name wherever names are known."""
     options: dict[str, Any] = {"batch_size": cfg.batch_size, "ranges": source.ranges}
     names = source.names
@@ -278,10 +300,12 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     """
     if cfg.out is not None:
         check_writable(Path(cfg.out))
+    if cfg.report is not None:
+        check_writable(Path(cfg.report) / "per_class.csv", "report")
     world = join_world(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    found = _from_run(cfg) if cfg.run is not None else _from_model(cfg)
+    found = open_source(cfg)
     model, source = found.model, found.facts
     dataset = _open_for(cfg, found)
     if world.is_primary:
@@ -295,12 +319,18 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
     if cfg.compile:
         model = torch.compile(model)
     loader = EvalLoader(dataset, cfg.data, shape, cfg.batch_size, world)
+    outcomes = Outcomes() if cfg.report is not None else None
+    console = Console(0, 0, 1, world.is_primary and not sys.stdout.isatty())
+    options: dict[str, Any] = {"remark": lambda images: console.remark(f"evaluating: {images} images")}
+    options |= {"num_classes": num_classes, "amp": cfg.amp, "channels_last": cfg.channels_last}
     try:
-        result = evaluate(model, loader, world, num_classes=num_classes, amp=cfg.amp, channels_last=cfg.channels_last)
+        result = evaluate(model, loader, world, outcomes=outcomes, **options)
     finally:
         loader.close()
     assert result is not None
     unreadable = sorted(entry for entries in world.gather(loader.unreadable) for entry in entries)
+    if outcomes is not None:
+        outcomes.gather(world)
     if not math.isfinite(result.loss):
         raise TrainingFailed(
             f"the loss on the held-out images is {result.loss}, and so the accuracies say nothing; the weights are "
@@ -313,6 +343,7 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
             print(f"unreadable: {len(unreadable) - _SHOWN} more{'; out=FILE lists all' if not cfg.out else ''}")
         record = {
             "model": cfg.model.name,
+            "label": cfg.model.label,
             **source,
             "data": cfg.data.name,
             "images": result.images,
@@ -328,10 +359,17 @@ def evaluate_command(cfg: EvalConfig) -> Evaluation:
         if cfg.out is not None:
             target = Path(cfg.out)
             write_atomic(target, json_text(record))
-        rate = f"{result.images_per_second:.0f} images/s"
+        if outcomes is not None:
+            names = found.names or label_names(dataset) or []
+            names = [*names, *(str(i) for i in range(len(names), num_classes))]
+            rows = [*outcomes.rows(names, dataset), *({"image": n, "error": r} for n, r in unreadable)]
+            for line in outcomes.write(Path(str(cfg.report)), names, rows if cfg.per_image else None):
+                print(line, flush=True)
+        rate = rate_text(result.images_per_second)
+        top5 = "" if result.top5 is None else f"  top-5 {result.top5:.2f} %"
         print(
-            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  {result.images} images"
-            f"{unreadable_note(result.unreadable)}, {rate}  ({cfg.model.name}, {source['weights']} weights)"
+            f"top-1 {result.top1:.2f} %{top5}  loss {result.loss:.4f}  {result.images} images"
+            f"{unreadable_note(result.unreadable)}, {rate}  ({model_label(cfg.model)}, {source['weights']} weights)"
         )
     world.leave()
     return result

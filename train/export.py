@@ -7,22 +7,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
 
 from zoo import __version__
 from zoo.errors import UserError, first_line
-from zoo.names import nearest_names
 from zoo.programs import DYNAMIC, PROGRAMS, Form, check_parity, modules_of, write_program
+from zoo.train.arguments import parse_arguments
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
 from zoo.train.config import TRAIN, ModelConfig
@@ -128,28 +126,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> ExportConfig:
-    known = [f.name for f in fields(ExportConfig)]
-    paths, others = {}, []
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise UserError(f"cannot read {argument!r}; arguments are key=value")
-        if key not in known:
-            near = nearest_names(key, known) or known
-            raise UserError(f"unknown key {key!r}; the nearest keys are {', '.join(near)}")
-        if key in ("run", "out", "pretrained"):  # taken as they are, whatever characters they have
-            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-            paths[key] = os.path.expanduser(value[1:-1] if quoted else value)
-        else:
-            others.append(argument)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_dotlist(others))
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"zoo export: {first_line(error)}") from error
-    assert isinstance(config, ExportConfig)
-    for key, value in paths.items():
-        setattr(config, key, value)
+    config = parse_arguments("zoo export", ExportConfig, argv, ("run", "out", "pretrained"))
     for key, value, choices in (
         ("format", config.format, FORMATS), ("dynamic", config.dynamic, DYNAMIC), ("dtype", config.dtype, _DTYPES),
     ):  # fmt: skip

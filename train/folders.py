@@ -11,7 +11,7 @@ from typing import IO
 from zoo.errors import UserError
 from zoo.train.images import readable_suffixes, shown
 
-__all__ = ["FolderReader", "is_ignored", "is_image_file"]
+__all__ = ["FolderReader", "images_below", "is_ignored", "is_image_file"]
 
 # What operating systems, file servers and editors leave in folders; names that begin with a dot are left out as well.
 _SYSTEM = frozenset(
@@ -105,6 +105,20 @@ def _walk(folder: str, found: _Found, above: tuple[tuple[int, int], ...] = ()) -
             yield entry.path
         else:
             found.skipped[os.path.splitext(entry.name)[1].lower()] += 1
+
+
+def images_below(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The images of a folder and of the folders in it, in natural order, and lines that say what was left out.
+
+    Raises:
+        UserError: there are none, or the folder cannot be listed.
+    """
+    found = _Found()
+    paths = sorted(_walk(str(folder), found), key=lambda p: (_natural(p), p))
+    notes = found.notes(Path(folder))
+    if not paths:
+        raise UserError(f"no images under {shown(folder)}{f' ({chr(59).join(notes)})' if notes else ''}")
+    return paths, notes
 
 
 class FolderReader:

@@ -22,6 +22,7 @@ __all__ = ["EvalLoader", "TrainLoader"]
 _ATTEMPTS = 64  # images drawn in place of an unreadable one
 # image (None: unreadable), class, unreadable ones (name, why)
 Sample = tuple[Tensor | None, int, list[tuple[str, str]]]
+_Batch = tuple[Tensor, Tensor, list[tuple[str, str]], list[int]]
 
 
 class _Seeded(Dataset[Sample]):
@@ -105,14 +106,15 @@ def _named(error: ImageError, dataset: Any, index: int) -> tuple[str, str]:
     return error.source or (name(index) if callable(name) else f"image {index}"), error.reason
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Images [B, C, H, W] and classes [B] of the readable samples, and the unreadable ones."""
+def _collate(samples: Sequence[Sample]) -> _Batch:
+    """Images [B, C, H, W] and classes [B] of the readable samples, the unreadable ones, and where the former stood."""
     readable = [(image, target) for image, target, _ in samples if image is not None]
+    places = [place for place, (image, _, _) in enumerate(samples) if image is not None]
     unreadable = [entry for *_, entries in samples for entry in entries]
     if not readable:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64), unreadable
+        return torch.empty(0), torch.empty(0, dtype=torch.int64), unreadable, places
     images, targets = default_collate(readable)
-    return images, targets, unreadable
+    return images, targets, unreadable, places
 
 
 def _last_line(error: BaseException) -> str:
@@ -121,7 +123,7 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[tuple[str, str]]]]:
+def _batches(loader: DataLoader[Any]) -> Iterator[_Batch]:
     """A loader's batches; an error in a worker becomes the line that says its cause.
 
     Raises:
@@ -271,7 +273,7 @@ class TrainLoader:
             )
 
     def _readable(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets, unreadable in _batches(self.loader):
+        for images, targets, unreadable, _ in _batches(self.loader):
             if unreadable:
                 self.bad.merge(("train", name, reason) for name, reason in unreadable)
             if len(images) < self.batch_size:
@@ -290,6 +292,15 @@ class TrainLoader:
         self.stream.epoch = epoch
         return islice(self._readable(), start, self.batches)
 
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first readable images [B, C, H, W] of the first epoch and their classes; none of a stream."""
+        if self.sampler is None:
+            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self.sampler.epoch, self.sampler.start = 0, 0
+        keys = next(iter(self.sampler))[:count]
+        images, targets, *_ = _collate([self.loader.dataset[key] for key in keys])
+        return images, targets
+
     def close(self) -> None:
         """Stop the workers; the next epoch starts new ones."""
         _stop_workers(self.loader)
@@ -298,13 +309,16 @@ class TrainLoader:
 class EvalLoader:
     """Held-out batches of the readable images; over all processes every image comes exactly once.
 
-    `unreadable` lists the images (name, reason) that the last pass could not read.
+    `unreadable` lists the images (name, reason) that the last pass could not read; `places` are the indices in the data
+    set, or in this process's part of a stream, of the images of the last batch.
     """
 
     def __init__(self, dataset: Any, cfg: DataConfig, shape: dict[str, Any], batch_size: int, world: World) -> None:
         transform = eval_transform(shape)
         options = _loader_options(cfg, world.device, 0)
         self.unreadable: list[tuple[str, str]] = []
+        self.places: list[int] = []
+        self.order: list[list[int]] | None = None  # the indices of every batch
         if isinstance(dataset, IterableDataset):
             options["persistent_workers"] = False
             stream = _SeededStream(dataset, transform, 0, world.rank, training=False)
@@ -313,12 +327,16 @@ class EvalLoader:
         indices = range(world.rank, len(dataset), world.size)
         side = max(shape["input_size"][-2:]) / (shape["crop_pct"] or 0.875)
         batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        self.order = batches
         self.loader = DataLoader(_Plain(dataset, transform, side), batch_sampler=batches, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.unreadable = []
-        for images, targets, unreadable in _batches(self.loader):
+        first = 0
+        for number, (images, targets, unreadable, places) in enumerate(_batches(self.loader)):
             self.unreadable += unreadable
+            self.places = [self.order[number][p] if self.order is not None else first + p for p in places]
+            first += len(places) + len(unreadable)
             if len(images):
                 yield images, targets
 

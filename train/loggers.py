@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from zoo.errors import UserError, first_line
 from zoo.train.config import LoggerConfig
 from zoo.train.runs import write_atomic
 
-__all__ = ["Console", "Loggers", "write_csv"]
+__all__ = ["Console", "Heartbeat", "Loggers", "rate_text", "write_csv"]
+
+_SILENCE = 30.0  # seconds after which a program that has no terminal says where it is
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -107,10 +109,33 @@ class Loggers:
             sink.close()
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def rate_text(rate: float) -> str:
+    """A rate in images per second, in three digits; below one the seconds that an image takes."""
+    if rate >= 9.95:
+        return f"{rate:.0f} images/s"
+    if rate >= 1 or rate <= 0:
+        return f"{rate:.1f} images/s"
+    return f"{1 / rate:.1f} s/image"
+
+
+class Heartbeat:
+    """Says whether nothing was printed for so long that a line is due.
+
+    Args:
+        seconds: how long that is.
+        clock: gives seconds; for tests.
+    """
+
+    def __init__(self, seconds: float = _SILENCE, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.last = clock()
+
+    def due(self) -> bool:
+        return self.clock() - self.last >= self.seconds
+
+    def beat(self) -> None:
+        """Something was printed."""
+        self.last = self.clock()
 
 
 def _width() -> int:
@@ -121,11 +146,12 @@ def _width() -> int:
 
 
 class Console:
-    """A progress bar on a terminal, plain lines elsewhere; silent in all processes but the first."""
+    """A progress bar on a terminal, lines elsewhere, at least every 30 s; silent in all processes but the first."""
 
     def __init__(self, total: int, done: int, every: int, enabled: bool = True) -> None:
         self.total, self.done, self.every, self.enabled = total, done, every, enabled
         self.started, self.first = time.perf_counter(), done
+        self.heart = Heartbeat()
         self.bar: Any = None
         if enabled and sys.stdout.isatty():
             from tqdm import tqdm
@@ -136,8 +162,10 @@ class Console:
 
     def eta(self) -> str:
         """Time to the end at the pace so far."""
+        from tqdm import tqdm
+
         pace = (time.perf_counter() - self.started) / max(1, self.done - self.first)
-        return _clock(pace * (self.total - self.done))
+        return tqdm.format_interval(round(pace * (self.total - self.done)))
 
     def step(self, epoch: str, loss: float | None, rate: float, lr: float) -> None:
         """Count an update; `loss` is None where reading it would stall the device."""
@@ -146,19 +174,30 @@ class Console:
             return
         if self.bar is not None:
             if loss is not None:
-                self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s", refresh=False)
+                self.bar.set_postfix_str(f"loss {loss:.3f}, {rate_text(rate)}", refresh=False)
                 self.bar.set_description_str(f"epoch {epoch}", refresh=False)
             self.bar.update()
-        elif loss is not None and self.done % self.every == 0:
+        elif loss is not None and (self.done % self.every == 0 or self.heart.due()):
             self.say(
                 f"epoch {epoch}  step {self.done}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{rate:.0f} images/s  ETA {self.eta()}"
+                f"{rate_text(rate)}  ETA {self.eta()}"
             )
+
+    @property
+    def quiet(self) -> bool:
+        """Whether a line is due where there is no terminal, so that the loss is to be read for it."""
+        return self.enabled and self.bar is None and self.heart.due()
+
+    def remark(self, line: str) -> None:
+        """Print a line if one is due: what is done between updates."""
+        if self.quiet:
+            self.say(line)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if not self.enabled:
             return
+        self.heart.beat()
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)
         else:

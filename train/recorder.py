@@ -126,6 +126,16 @@ class Recorder:
         if self.loggers is not None and step % self.cfg.log_every == 0:
             self.loggers.log({"train/loss": loss, "train/lr": lr, "train/images_per_second": rate}, step)
 
+    @property
+    def quiet(self) -> bool:
+        """Whether the loss is to be read for a line that is due where there is no terminal."""
+        return self.console is not None and self.console.quiet
+
+    def remark(self, line: str) -> None:
+        """Say what is done between updates, where nothing was said for long."""
+        if self.console is not None:
+            self.console.remark(line)
+
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after an update; all processes ask."""
         cfg = self.cfg.checkpoint
@@ -213,7 +223,7 @@ class Recorder:
             "images_per_second": rate,
             "dry_run": self.cfg.dry_run,
             "seed": self.cfg.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
             "git_revision": git_revision(),

@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 
 from zoo.errors import UserError, first_line
 from zoo.models.checkpoints import load_plain
+from zoo.train.config import model_label
 from zoo.train.state import World, join_world
 from zoo.train.stop import Interrupted
 
@@ -100,8 +101,13 @@ def _without_nan(value: Any) -> Any:
     return [_without_nan(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def check_writable(out: Path) -> None:
-    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take."""
+def check_writable(out: Path, key: str = "out") -> None:
+    """Raise UserError where a file cannot be written, before an evaluation whose result it is to take.
+
+    Args:
+        out: the file; its folder is made.
+        key: the argument that names it, for the message.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
@@ -111,7 +117,7 @@ def check_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
+        raise UserError(f"{key}={out} cannot be written: {error.strerror}; give another file") from error
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -596,7 +602,7 @@ def claim_folder(
         raise
     except (UserError, KeyboardInterrupt):
         if lock is not None and own is None and not _holds_results(folder):
-            _discard(folder, ("config.yaml", "metrics.csv", ".lock", *leftovers))
+            _discard(folder, ("config.yaml", "metrics.csv", "augmented.png", ".lock", *leftovers))
         raise
     finally:
         if lock is not None:
@@ -618,7 +624,7 @@ def _new_folder(cfg: Any) -> Path:
             raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; give another folder") from error
         return folder
     data = cfg.data.name.replace("/", "_") or "imagefolder"
-    base = Path(cfg.run_root) / f"{cfg.model.name}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = Path(cfg.run_root) / f"{model_label(cfg.model)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 1000):
         folder = base if count == 1 else base.with_name(f"{base.name}-{count}")
         try:

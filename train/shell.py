@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.errors import UserError, first_line, unbroken_output
 from zoo.train.compose import VettedLoader, compose_config, own_hydra_section, prepare
 from zoo.train.config import Schema
+from zoo.train.loggers import write_csv
 from zoo.train.stop import Interrupted, TrainingFailed
 
 __all__ = [
@@ -129,8 +131,21 @@ def show_sweep(schema: Schema[Any], arguments: Arguments) -> None:
         print(f"---\n# job {number}: {' '.join(job)}\n{OmegaConf.to_yaml(config)}", end="")
 
 
-def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig], float]) -> None:
+def _is_swept(override: str, fixed: Sequence[str]) -> bool:
+    """Whether an override of a job is its own, and not one of all jobs."""
+    return override not in fixed and override.lstrip("+") not in {text.lstrip("+") for text in fixed}
+
+
+def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig], float], score: str = "score") -> None:
     """Hydra's own multirun: a job for every combination of the values; a sweeper optimizes what the job returns.
+
+    A table sweep.csv of overrides and scores is written into the sweep's folder, by the jobs of this process.
+
+    Args:
+        schema: what is composed.
+        arguments: the command line.
+        job: trains; returns its score.
+        score: the column of the table that takes it.
 
     Raises:
         UserError: a key, a value or a choice of any job is wrong, before the first one starts.
@@ -153,11 +168,29 @@ def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig],
             fixed.append(text)
     compose_config(schema, fixed, arguments.search_path)
 
+    rows: list[dict[str, Any]] = []
+    table: Path | None = None
+
     def task(config: DictConfig) -> float:
+        nonlocal table
         OmegaConf.set_struct(config, False)
+        hydra = HydraConfig.get()
         if config.run_dir is None:
-            config.run_dir = HydraConfig.get().runtime.output_dir
-        return job(config)
+            config.run_dir = hydra.runtime.output_dir
+        row: dict[str, Any] = {"job": hydra.job.num, "run": config.run_dir}
+        row |= dict(text.split("=", 1) for text in hydra.overrides.task if _is_swept(text, fixed))
+        rows.append(row)
+        try:
+            row[score] = job(config)
+        except BaseException as error:
+            row["error"] = first_line(error)
+            raise
+        finally:  # after every job, so that a sweep that is cut short has a table of what is done
+            known = list(dict.fromkeys(key for found in rows for key in found))
+            columns = [*(key for key in known if key not in (score, "error")), score, "error"]
+            table = Path(hydra.sweep.dir) / "sweep.csv"
+            write_csv(table, columns, rows)
+        return float(row[score])
 
     GlobalHydra.instance().clear()
     search = create_automatic_config_search_path(
@@ -173,6 +206,11 @@ def sweep(schema: Schema[Any], arguments: Arguments, job: Callable[[DictConfig],
         raise UserError(f"sweep: {first_line(error)}; `zoo train --help` lists keys and choices") from error
     finally:
         GlobalHydra.instance().clear()
+        if rows and table is not None:
+            scored = [row for row in rows if row.get(score) is not None]
+            best = max(scored, key=lambda row: row[score]) if scored else None
+            words = f", the best {score} {best[score]:.2f} in {best['run']}" if best is not None else ""
+            print(f"sweep: {len(rows)} jobs{words}; all in {table}", flush=True)
 
 
 def run_command(command: Command, argv: Sequence[str]) -> int:

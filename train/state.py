@@ -58,6 +58,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -70,6 +71,8 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if state.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextmanager
@@ -126,6 +129,11 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def totals(self, *values: float) -> list[float]:
+        """The sums of numbers over the processes, in double precision, which not every device has."""
+        device = self.device if self.distributed else "cpu"
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """One object of each process, in every process."""
         if not self.distributed:
@@ -157,12 +165,15 @@ def join_world(device: str) -> World:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"device={device!r} is not known; choose auto, cpu, cuda or cuda:N")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={device!r} is not known; choose auto, cpu, cuda, cuda:N or mps")
     try:
         torch.device(device)
     except RuntimeError:
-        raise UserError(f"device={device!r} is not known; choose auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device={device!r} is not known; choose auto, cpu, cuda, cuda:N or mps") from None
+    if kind == "mps" and not torch.backends.mps.is_available():
+        why = "this Mac's system is too old for it" if torch.backends.mps.is_built() else "it was built without Metal"
+        raise UserError(f"device={device} was asked for and this PyTorch has no MPS: {why}; use device=cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={device} was asked for and PyTorch sees no GPU here; use device=cpu")
     index = torch.device(device).index

@@ -41,6 +41,14 @@ def _eval(argv: Sequence[str]) -> int:
     return run("eval", list(argv))
 
 
+def _predict(argv: Sequence[str]) -> int:
+    """name the classes of images: zoo predict model=runs/NAME image=FOLDER"""
+    with importing():
+        from zoo.train.predict import main as run
+
+    return run(list(argv))
+
+
 def _detect(argv: Sequence[str]) -> int:
     """train or evaluate a detector: zoo detect model=nat_tiny detector=mask_rcnn data=coco data.root=PATH"""
     try:
@@ -160,6 +168,7 @@ def _run(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
+    "predict": _predict,
     "detect": _detect,
     "export": _export,
     "convert": _convert,

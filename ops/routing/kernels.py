@@ -583,7 +583,7 @@ def routing_index_triton(q: Tensor, k: Tensor, region: Pair, topk: int) -> Tenso
         means.append(mean)
     launcher(_nearest_kernel, (batch * triton.cdiv(regions, 16),))(
         *means, index, regions, channels, TOPK=topk, BLOCK_M=16, BLOCK_R=max(16, _power(regions)), BLOCK_C=32,
-        num_warps=4 if regions <= 128 else 8,
+        num_warps=4 if regions <= 128 else 8, num_stages=1,  # loads ahead would not fit a multiprocessor of 100 KiB
     )  # fmt: skip
     return index
 

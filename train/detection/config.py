@@ -44,6 +44,7 @@ class BackboneConfig:
     """The arguments of zoo.Backbone."""
 
     name: str = MISSING
+    label: Optional[str] = None  # how folders and pictures call it; of models that are reduced by their kwargs
     pretrained: Any = False  # false, true (the published weights), a checkpoint file, or a run folder
     out_indices: Optional[list[int]] = None  # the levels of stride 4 to 32 when null
     frozen_stages: int = -1
@@ -79,6 +80,7 @@ class DetectDataConfig:
     val_images: str = "val2017"
     scale: list[int] = field(default_factory=lambda: [1333, 800])  # longest and shortest side
     augment: str = "flip"
+    keep_empty: bool = False  # train on images without objects too
     pad_divisor: int = 32
     num_workers: int = 2
     value_range: Optional[list[float]] = None  # [black, white] of images with more than 8 bits a pixel

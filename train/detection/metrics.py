@@ -14,6 +14,7 @@ from mmdet.evaluation import CocoMetric as MmdetCocoMetric
 from mmengine.logging import MMLogger
 
 from zoo.errors import UserError
+from zoo.train.loggers import write_csv
 
 from .annotations import number_anew
 from .registry import METRICS
@@ -32,6 +33,7 @@ def coco_average_precision(
     engine: str = "faster_coco_eval",
     max_detections: Sequence[int] = (1, 10, 100),
     category_ids: Sequence[int] | None = None,
+    per_class: dict[int, dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Average precision and recall as the COCO challenge defines them (cocodataset.org/#detection-eval).
 
@@ -42,6 +44,7 @@ def coco_average_precision(
         engine: "faster_coco_eval", or "pycocotools", the original.
         max_detections: how many detections per image count.
         category_ids: evaluate these categories only.
+        per_class: takes mAP, mAP_50 and mAP_75 of every category that is evaluated, by its id.
 
     Returns:
         mAP, mAP_50, mAP_75, mAP_s, mAP_m, mAP_l, AR@1, AR@10, AR@100, AR_s, AR_m, AR_l in 0..1; -1 where no category
@@ -58,6 +61,10 @@ def coco_average_precision(
     truth = {**truth, "annotations": [_whole(a) for a in truth["annotations"]]}
     number_anew(truth["annotations"])
     if not found:  # which neither package evaluates
+        for category in category_ids or [c["id"] for c in truth["categories"]] if per_class is not None else ():
+            own = [a for a in truth["annotations"] if a["category_id"] == category]
+            figures = _nothing_found({**truth, "annotations": own})
+            per_class[category] = {name: figures[name] for name in _STATS[:3]}  # type: ignore[index]
         return _nothing_found(truth)
     if engine == "faster_coco_eval":
         from faster_coco_eval import COCO
@@ -82,6 +89,10 @@ def coco_average_precision(
             evaluation.params.catIds = list(category_ids)
         evaluation.evaluate()
         evaluation.accumulate()
+    if per_class is not None:
+        table = np.asarray(evaluation.eval["precision"])
+        for number, category in enumerate(evaluation.params.catIds):
+            per_class[int(category)] = _averages(table[:, :, number : number + 1], evaluation.params.iouThrs)
     return _summarize(evaluation)
 
 
@@ -102,27 +113,32 @@ def _nothing_found(truth: Mapping[str, Any]) -> dict[str, float]:
     return {name: 0.0 if present.get(name[-1], bool(areas)) else -1.0 for name in _STATS}
 
 
+def _mean(values: Any) -> float:
+    """The mean of the values that are there; -1 where there is none."""
+    values = np.asarray(values)
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
+def _averages(precision: np.ndarray, thresholds: Any) -> dict[str, float]:
+    """mAP, mAP_50 and mAP_75 of a table of precisions [thresholds, recalls, categories, areas, detections]."""
+    all_areas = precision[..., 0, precision.shape[-1] - 1]
+
+    def at(threshold: float) -> int:
+        return int(np.argmin(np.abs(np.asarray(thresholds) - threshold)))
+
+    return {"mAP": _mean(all_areas), "mAP_50": _mean(all_areas[at(0.5)]), "mAP_75": _mean(all_areas[at(0.75)])}
+
+
 def _summarize(evaluation: Any) -> dict[str, float]:
     """The twelve figures from the precision and recall tables, for any choice of maxDets."""
     precision, recall = np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
-    thresholds = np.asarray(evaluation.params.iouThrs)
-
-    def mean(values: Any) -> float:
-        values = np.asarray(values)
-        values = values[values > -1]
-        return float(values.mean()) if values.size else -1.0
-
-    def at(threshold: float) -> int:
-        return int(np.argmin(np.abs(thresholds - threshold)))
-
     last = precision.shape[-1] - 1
     return {
-        "mAP": mean(precision[..., 0, last]),
-        "mAP_50": mean(precision[at(0.5), ..., 0, last]),
-        "mAP_75": mean(precision[at(0.75), ..., 0, last]),
-        **{f"mAP_{s}": mean(precision[..., i, last]) for i, s in enumerate("sml", 1)},
-        **{name: mean(recall[..., 0, i]) for i, name in enumerate(_STATS[_RECALL : _RECALL + 3]) if i <= last},
-        **{f"AR_{s}": mean(recall[..., i, last]) for i, s in enumerate("sml", 1)},
+        **_averages(precision, evaluation.params.iouThrs),
+        **{f"mAP_{s}": _mean(precision[..., i, last]) for i, s in enumerate("sml", 1)},
+        **{name: _mean(recall[..., 0, i]) for i, name in enumerate(_STATS[_RECALL : _RECALL + 3]) if i <= last},
+        **{f"AR_{s}": _mean(recall[..., i, last]) for i, s in enumerate("sml", 1)},
     }
 
 
@@ -131,7 +147,8 @@ class CocoMetric(MmdetCocoMetric):
     """mmdet's CocoMetric, evaluated by faster-coco-eval, with unrounded results.
 
     The metrics are those of mmdet (`coco/bbox_mAP`, `coco/bbox_mAP_50`, `coco/segm_mAP` ...). Predictions are kept as
-    `outfile_prefix`.bbox.json and .segm.json where a prefix is given.
+    `outfile_prefix`.bbox.json and .segm.json where a prefix is given, and the precision of every class in per_class.csv
+    beside them.
 
     Args:
         engine: "faster_coco_eval" or "pycocotools".
@@ -162,6 +179,10 @@ class CocoMetric(MmdetCocoMetric):
         if len(self.cat_ids) != len(classes):
             raise UserError(f"the annotations have {len(self.cat_ids)} of the {len(classes)} classes of the dataset")
         scores: dict[str, float] = OrderedDict()
+        rows: list[dict[str, Any]] = [
+            {"class": self._coco_api.cats[i]["name"], "instances": len(self._coco_api.get_ann_ids(cat_ids=[i]))}
+            for i in self.cat_ids
+        ]
         with TemporaryDirectory() as folder:
             files = self.results2json(predictions, self.outfile_prefix or f"{folder}/results")
             if self.format_only:
@@ -169,6 +190,7 @@ class CocoMetric(MmdetCocoMetric):
             for metric in self.metrics:
                 if metric not in files:
                     raise KeyError(f"{metric} is not in the results: the detector predicts no masks")
+                single: dict[int, dict[str, float]] = {}
                 figures = coco_average_precision(
                     self._coco_api.dataset,
                     files[metric],
@@ -176,7 +198,13 @@ class CocoMetric(MmdetCocoMetric):
                     engine=self.engine,
                     max_detections=(1, 10, 100),
                     category_ids=self.cat_ids,
+                    per_class=single,
                 )
+                for row, category in zip(rows, self.cat_ids, strict=True):
+                    row |= {f"{metric}_{k}": f"{v:.4f}" for k, v in single[category].items() if v >= 0}
                 scores.update({f"{metric}_{k}": v for k, v in figures.items() if k.startswith("mAP")})
                 logger.info(f"{metric} " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+        if self.outfile_prefix:
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            write_csv(Path(self.outfile_prefix).with_name("per_class.csv"), columns, rows)
         return scores

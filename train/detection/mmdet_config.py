@@ -63,7 +63,7 @@ def compose_mmdet(cfg: DetectConfig, data: CocoFiles, run_dir: Path) -> PlainCon
         **common,
         "ann_file": data.train_annotations,
         "data_prefix": {"img": data.train_images},
-        "filter_cfg": {"filter_empty_gt": True, "min_size": MIN_SIDE},
+        "filter_cfg": {"filter_empty_gt": not cfg.data.keep_empty, "min_size": MIN_SIDE},
         "pipeline": train,
     }
     val_set = {

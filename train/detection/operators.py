@@ -112,74 +112,6 @@ def roi_align_backward(
     )
 
 
-def roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    *,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """RoI max pooling as mmcv defines it: box sides are (x2 + 1 - x1) * spatial_scale, bin edges are not rounded first.
-
-    torchvision's roi_pool rounds the scaled corners and is another function, so it does not serve here.
-    Boxes without area give zeros; argmax [N, C, h, w] is the flat position in the map, -1 where nothing was pooled.
-    """
-    x, boxes = _wide(input, rois)
-    height, width = x.shape[-2:]
-    start = boxes[:, 1:3] * spatial_scale
-    size = (boxes[:, 3:5] + 1) * spatial_scale - start
-    rows = _bins(start[:, 1], size[:, 1], pooled_height, height)  # (N, h, H)
-    columns = _bins(start[:, 0], size[:, 0], pooled_width, width)  # (N, w, W)
-    output.zero_()
-    argmax.fill_(-1)
-    for n in range(boxes.shape[0]):
-        if (size[n] <= 0).any():
-            continue
-        lowest = torch.finfo(x.dtype).min
-        plane = x[int(boxes[n, 0])].unsqueeze(-2).masked_fill(~columns[n], lowest)  # (C, H, w, W)
-        across, column = plane.max(-1)  # (C, H, w)
-        down = across.unsqueeze(1).masked_fill(~rows[n][None, :, :, None], lowest)  # (C, h, H, w)
-        value, row = down.max(2)  # (C, h, w)
-        place = row * width + column.gather(1, row)
-        filled = rows[n].any(-1)[:, None] & columns[n].any(-1)[None]
-        output[n] = value.masked_fill(~filled, 0).to(output.dtype)
-        argmax[n] = place.masked_fill(~filled, -1).to(argmax.dtype)
-
-
-def _bins(start: Tensor, size: Tensor, count: int, length: int) -> Tensor:
-    """Which of `length` cells lie in each of `count` bins: [N, count, length]."""
-    steps = torch.arange(count, device=start.device, dtype=start.dtype)
-    step = (size / count)[:, None]
-    first = torch.floor(steps * step + start[:, None]).clamp(0, length)
-    last = torch.ceil((steps + 1) * step + start[:, None]).clamp(0, length)
-    cells = torch.arange(length, device=start.device)
-    return (cells >= first[..., None]) & (cells < last[..., None])
-
-
-def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    *,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Gradient of `roi_pool_forward`: every output's goes to the cell that gave the maximum."""
-    batch, channels = grad_input.shape[:2]
-    pooled = argmax >= 0
-    plane = rois[:, 0].long()[:, None] * channels + torch.arange(channels, device=rois.device)  # (N, C)
-    flat = torch.zeros(batch * channels, grad_input[0, 0].numel(), dtype=grad_output.dtype, device=rois.device)
-    flat.index_put_(
-        (plane[:, :, None, None].expand_as(argmax)[pooled], argmax[pooled].long()), grad_output[pooled], accumulate=True
-    )
-    grad_input.copy_(flat.view_as(grad_input))
-
-
 def _class_weight(weight: Tensor, target: Tensor) -> Tensor:
     """The weight of each sample's class [N]; ones where no weights are given."""
     return weight[target] if weight.numel() else weight.new_ones(target.shape)
@@ -209,33 +141,6 @@ def sigmoid_focal_loss_backward(
     negative = -(1 - alpha) * p**gamma * (gamma * (1 - p) * (1 - p).clamp(min=_TINY).log() - p)
     grad = torch.where(hit, positive, negative)
     grad_input.copy_(grad * _class_weight(weight, target)[:, None])
-
-
-def softmax_focal_loss_forward(
-    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, *, gamma: float, alpha: float
-) -> None:
-    """Focal loss of probabilities [N, C] and classes [N] (negative: ignored) into output [N]."""
-    (p,) = _wide(softmax)
-    kept = target >= 0
-    label = target.clamp(min=0)
-    p = p.gather(1, label[:, None])[:, 0]
-    loss = -alpha * (1 - p) ** gamma * p.clamp(min=_TINY).log() * _class_weight(weight, label)
-    output.copy_(loss.masked_fill(~kept, 0))
-
-
-def softmax_focal_loss_backward(
-    softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, *, gamma: float, alpha: float
-) -> None:
-    """Derivative of `softmax_focal_loss_forward` by the logits, [N, C]."""
-    (probabilities,) = _wide(softmax)
-    kept = target >= 0
-    label = target.clamp(min=0)
-    p = probabilities.gather(1, label[:, None])[:, 0]
-    slope = alpha * (gamma * (1 - p) ** (gamma - 1) * p * p.clamp(min=_TINY).log() - (1 - p) ** gamma)
-    slope = (slope * _class_weight(weight, label)).masked_fill(~kept, 0)
-    buff.copy_(slope)
-    hit = label[:, None] == torch.arange(probabilities.shape[1], device=p.device)
-    grad_input.copy_(slope[:, None] * (hit.to(p.dtype) - probabilities))
 
 
 def _deform_geometry(
@@ -432,12 +337,8 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
         bbox_overlaps,
         roi_align_forward,
         roi_align_backward,
-        roi_pool_forward,
-        roi_pool_backward,
         sigmoid_focal_loss_forward,
         sigmoid_focal_loss_backward,
-        softmax_focal_loss_forward,
-        softmax_focal_loss_backward,
         deform_conv_forward,
         deform_conv_backward_input,
         deform_conv_backward_parameters,

@@ -16,7 +16,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from zoo.errors import UserError
+from zoo.train.config import model_label
 from zoo.train.images import PixelRanges
+from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.state import World, rng_state
@@ -238,6 +240,7 @@ class RunFolderHook(Hook):
             Interrupted: a signal came; the state before the evaluation is saved.
         """
         self.gallery.add(outputs or ())
+        self.recorder.remark(f"evaluating: batch {batch_idx + 1}")
         if self.recorder.begun and self.world.any(self.signals.received is not None):
             self._save(runner)
             raise Interrupted
@@ -256,7 +259,7 @@ class RunFolderHook(Hook):
     def after_round(self, runner: Runner) -> None:
         """Write the row of an epoch, or of the end of the run inside one, and save."""
         loop = self._loop(runner)
-        sums = self.world.sum(torch.tensor(self.losses, dtype=torch.float64, device=self.world.device)).tolist()
+        sums = self.world.totals(*self.losses)
         elapsed = time.monotonic() - self.begin
         partial = loop.iter % loop.steps_per_epoch != 0
         row: dict[str, Any] = {
@@ -283,7 +286,7 @@ class RunFolderHook(Hook):
                 self._save(runner, *names)
         parts = [f"{k.replace('_mAP', ' AP').replace('_', '')} {v:.3f}" for k, v in self._figures().items()]
         line = "  ".join([f"epoch {row['epoch']}/{loop.max_epochs}", f"train loss {row['train_loss']:.4f}", *parts])
-        self.recorder.publish(f"{line}  {row['images_per_second']:.1f} images/s")
+        self.recorder.publish(f"{line}  {rate_text(row['images_per_second'])}")
         self.metrics = {}
 
     def _figures(self) -> dict[str, float]:
@@ -314,6 +317,7 @@ class RunFolderHook(Hook):
         dataset = runner.val_loop.dataloader.dataset
         facts = {
             "model": cfg.model.name,
+            "label": cfg.model.label,
             "detector": cfg.detector.name,
             "data": cfg.data.name,
             "parameters": sum(p.numel() for p in plain_model(runner).parameters()),
@@ -329,7 +333,7 @@ class RunFolderHook(Hook):
         )
         if self.world.is_primary:
             precision = f": box AP50 {last['bbox_mAP_50']:.3f}" if last else ""
-            recorder.plot(f"{cfg.detector.name}, {cfg.model.name} on {cfg.data.name}{precision}")
+            recorder.plot(f"{cfg.detector.name}, {model_label(cfg.model)} on {cfg.data.name}{precision}")
             self.gallery.write(self.run_dir / "predictions.png", dataset)
 
     def _seconds(self) -> float:
