@@ -140,11 +140,11 @@ def _tiny_names() -> list[str]:
 
 
 SWITCHES: dict[str, dict[str, Any]] = {
-    "bias gradient by a kernel of its own": {"_MOST_SUMMED": 0},
-    "blocks in a loop": {"_MOST_UNROLLED": 0},
-    "no table": {"_TABLE_BYTES": 0},
-    "half the programs": {"_PROGRAMS": 1024},
-    "twice the programs": {"_PROGRAMS": 4096},
+    "bias gradient by a kernel of its own": {"most_summed": 0},
+    "blocks in a loop": {"most_unrolled": 0},
+    "no table": {"table_bytes": 0},
+    "half the programs": {"programs": 1024},
+    "twice the programs": {"programs": 4096},
 }
 """Of zoo.ops._local.launch, against its defaults."""
 
@@ -165,13 +165,10 @@ def measure(report: Report, dry_run: bool, name: str, switch: str | None, second
 
     from benchmarks.cases import Peer, floors
     from benchmarks.gpu_ops import passes
-    from zoo.ops._local import launch
-    from zoo.ops.tuning import observed, refused
+    from zoo.ops.tuning import change_launchers, observed, refused
     from zoo.timing import step_times
 
-    for attribute, value in SWITCHES.get(switch or "", {}).items():
-        assert hasattr(launch, attribute), attribute
-        setattr(launch, attribute, value)
+    change_launchers(**SWITCHES.get(switch or "", {}))
     case = _example(name)
     device = torch.device("cpu" if dry_run else "cuda")
     torch._functorch.config.donated_buffer = False
