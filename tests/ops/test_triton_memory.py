@@ -100,10 +100,10 @@ def test_growth_per_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_at_once", lambda device: 1)
     monkeypatch.setattr(large_kernel_kernels, "_MOST_PROGRAMS", 1)
     call, forward, backward = GROWTH[name]
-    one, three = peaks(call(1)), peaks(call(3))
-    image = three[2] - one[2]
-    assert three[0] - one[0] <= forward * image
-    assert three[1] - one[1] <= backward * image
+    two, four = peaks(call(2)), peaks(call(4))
+    images = four[2] - two[2]
+    assert four[0] - two[0] <= forward * images
+    assert four[1] - two[1] <= backward * images
 
 
 def test_growth_with_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
