@@ -17,11 +17,11 @@ from timm.models._features_fx import FeatureGraphNet
 from timm.models._hub import download_cached_file
 from torch import nn
 
-from ._pyramid import Pyramid
+from ._pyramid import Pyramid, quarters
 from .checkpoints import CheckpointError, StateDict, check_state_dict, published_figures, read_source
 from .dialects import Match, dialects_of, fit_pointwise, recognise
 
-__all__ = ["build_model", "published_cfg"]
+__all__ = ["build_isotropic", "build_model", "published_cfg"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
@@ -170,6 +170,12 @@ def build_model(
         if isinstance(own_cfg, dict):
             own_cfg.pop("state_dict", None)
     return cast(ModelT, model)  # or, with features_only, its wrapper
+
+
+def build_isotropic(model_cls: Callable[..., ModelT], variant: str, pretrained: bool = False, **kwargs: Any) -> ModelT:
+    """`build_model` of a model of one resolution, `depth` blocks deep (12), whose features come after every quarter."""
+    kwargs = {"depth": 12, **kwargs}
+    return build_model(model_cls, variant, pretrained, feature_cfg={"out_indices": quarters(kwargs["depth"])}, **kwargs)
 
 
 def _watches_modules(feature_cls: Any) -> bool:

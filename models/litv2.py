@@ -33,31 +33,13 @@ from zoo.ops.maps import crop_map, pad_map
 from zoo.ops.scriptable import window_attention_qkvpacked
 
 from ._build import build_model, published_cfg
+from ._modules import DWMlp
 from ._pyramid import DropPath, PatchEmbed, Pyramid, Stage, init_linear, stage_rates
 from .dialects import OURS, Dialect, moved_by, rename
 
 __all__ = ["LITv2"]
 
 torch.fx.wrap("deform_conv")  # the dtype decides how it runs
-
-
-class DWMlp(nn.Module):
-    """fc1 - depthwise 3x3 - GELU - fc2 on [B, H, W, C]."""
-
-    def __init__(
-        self, dim: int, hidden_dim: int, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.act(x)))
 
 
 class HiLo(nn.Module):

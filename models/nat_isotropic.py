@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from zoo.ops.maps import is_symbolic
 
-from ._build import build_model, published_cfg
-from ._pyramid import Isotropic, NormLayer, PatchEmbed, init_linear, quarters, stage_rates
+from ._build import build_isotropic, published_cfg
+from ._pyramid import Isotropic, NormLayer, PatchEmbed, init_linear, stage_rates
 from ._tables import check_image_size
 from .dialects import OURS, Dialect
 from .nat import (
@@ -246,10 +246,8 @@ _BASE = {"embed_dim": 768, "num_heads": 24, "drop_path_rate": 0.4}
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], args: dict[str, Any], **more: Any) -> NATIsotropic:
     if kwargs.keys() & {"dilation", "dilations"}:
         more.pop("dilations", None)
-    args = {"depth": 12, **args, **more, **kwargs}
-    feature_cfg = {"out_indices": quarters(args["depth"])}
-    return build_model(
-        NATIsotropic, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args
+    return build_isotropic(
+        NATIsotropic, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **more, **kwargs}
     )
 
 

@@ -29,6 +29,7 @@ from zoo.ops.maps import crop_map, is_symbolic, pad_map
 from zoo.ops.scriptable import window_attention
 
 from ._build import build_model, published_cfg
+from ._modules import DWMlp, global_attention
 from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
 from ._tables import as_map, check_image_size, check_map, halved, resize_map
 from .dialects import OURS, Dialect, moved_by, rename
@@ -369,32 +370,16 @@ class FullAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = Lepe(dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, Tensor]:
-        B, H, W, C = x.shape
-        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, nh, N, d)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
-        return self.proj(y + self.lepe(x)), significance
+        return self.proj(global_attention(self.qkv(x), self.num_heads) + self.lepe(x)), significance
 
 
-class Mlp(nn.Module):
+class Mlp(DWMlp):
     """fc1 - residual depthwise 3x3 - GELU - fc2 on (B, H, W, C)."""
-
-    def __init__(
-        self, dim: int, hidden_dim: int, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from zoo.ops.maps import is_symbolic, pad_map
 
-from ._build import build_model, published_cfg
-from ._pyramid import DropPath, Isotropic, Pyramid, Stage, init_linear, quarters, stage_rates
+from ._build import build_isotropic, build_model, published_cfg
+from ._modules import DWMlp, global_attention
+from ._pyramid import DropPath, Isotropic, Pyramid, Stage, init_linear, stage_rates
 from ._tables import as_map, check_image_size, halved, resize_map
 from .dialects import Dialect, moved_by, rename
 
@@ -120,36 +121,12 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide {dim} channels; give a divisor")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, nh, N, d)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
-        return self.proj_drop(self.proj(x))
-
-
-class DWMlp(nn.Module):
-    """fc1 - depthwise 3x3 - GELU - fc2 on (B, H, W, C)."""
-
-    def __init__(
-        self, dim: int, hidden_dim: int, proj_drop: float = 0.0, device: Any = None, dtype: Any = None
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.act(x)))
+        return self.proj_drop(self.proj(global_attention(self.qkv(x), self.num_heads)))
 
 
 class Block(nn.Module):
@@ -602,10 +579,8 @@ def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[s
 
 
 def _create_vanilla(variant: str, pretrained: bool, kwargs: dict[str, Any], **args: Any) -> SpectFormerVanilla:
-    args = {"depth": 12, **args, **kwargs}
-    feature_cfg = {"out_indices": quarters(args["depth"])}
-    return build_model(
-        SpectFormerVanilla, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **args
+    return build_isotropic(
+        SpectFormerVanilla, variant, pretrained, filter_fn=checkpoint_filter_fn, **{**args, **kwargs}
     )
 
 
