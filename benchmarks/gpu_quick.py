@@ -84,9 +84,8 @@ def check(report: Report, dry_run: bool, name: str, dtype_name: str) -> None:
     import torch
 
     from benchmarks.gpu_ops import judged
-    from zoo.ops.examples import select
 
-    (case,) = [e for e in select("trial" if dry_run else "test") if f"{e.folder}, {e.name}" == name]
+    case = _example(name)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)
@@ -255,15 +254,7 @@ def graphs(report: Report, dry_run: bool, name: str, batch: int) -> None:
     """Microseconds of forward and backward at a small batch by the clock, eagerly and as a CUDA graph."""
     import torch
 
-    case = _example(name, batch)
-    device = torch.device("cpu" if dry_run else "cuda")
-    leaves = [x.to(torch.float32 if dry_run else torch.bfloat16).requires_grad_() for x in case.inputs(device=device)]
-    call = case.bound(leaves)
-    weight = torch.ones_like(call(*leaves, backend="triton"))
-
-    def step() -> Any:
-        return torch.autograd.grad(call(*leaves, backend="triton"), leaves, weight)
-
+    step = _training(_example(name, batch), dry_run)
     row: dict[str, Any] = {"case": name, "batch": batch, "eager_us": _clock(step, 1 if dry_run else 50)}
     report(row | {"more": not dry_run})
     if dry_run:
@@ -297,6 +288,22 @@ def others(count: int) -> None:
         ops.neighborhood_attention(x, x, x, 3, backend="triton")
 
 
+def _training(case: Any, dry_run: bool) -> Callable[[], list[Any]]:
+    """The output of a call and its gradients, as a function; the same inputs every time."""
+    import torch
+
+    dtype, device = (torch.float32, "cpu") if dry_run else (torch.bfloat16, "cuda")
+    leaves = [x.to(dtype).requires_grad_() for x in case.inputs(device=device)]
+    call = case.bound(leaves)
+    weight = torch.ones_like(call(*leaves, backend="triton"))
+
+    def step() -> list[Any]:
+        out = call(*leaves, backend="triton")
+        return [out, *torch.autograd.grad(out, leaves, weight)]
+
+    return step
+
+
 def _clock(step: Callable[[], Any], repeats: int) -> float:
     import torch
 
@@ -317,22 +324,17 @@ def repeats(report: Report, dry_run: bool, name: str, count: int) -> None:
     """The bits of `count` runs while another stream multiplies matrices."""
     import torch
 
-    case = _example(name, 2 if dry_run else 16)
-    device = torch.device("cpu" if dry_run else "cuda")
-    leaves = [x.to(torch.float32 if dry_run else torch.bfloat16).requires_grad_() for x in case.inputs(device=device)]
-    call = case.bound(leaves)
-    weight = torch.ones_like(call(*leaves, backend="triton"))
+    step = _training(_example(name, 2 if dry_run else 16), dry_run)
     first: list[Any] | None = None
     different = 0
-    load = None if dry_run else torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    load = None if dry_run else torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     stream = None if dry_run else torch.cuda.Stream()
     for _ in range(count):
         if load is not None:
             with torch.cuda.stream(stream):
                 for _ in range(4):
                     load @ load
-        out = call(*leaves, backend="triton")
-        found = [out, *torch.autograd.grad(out, leaves, weight)]
+        found = step()
         first = first or found
         different += not all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
     row: dict[str, Any] = {"case": name, "runs": count, "different": different}
@@ -343,6 +345,7 @@ def repeats(report: Report, dry_run: bool, name: str, count: int) -> None:
 
 def natten(report: Report) -> None:
     """NATTEN's own kernels on NAT's first stage without bias, each backend by its name."""
+    import functools
     import statistics
 
     import torch
@@ -358,7 +361,7 @@ def natten(report: Report) -> None:
     row: dict[str, Any] = {"natten": theirs.__version__}
     for backend in ("hopper-fna", "blackwell-fna", "cutlass-fna", "flex-fna"):
         try:
-            call = lambda b=backend: theirs.na2d(q, k, v, kernel_size=7, backend=b)  # noqa: E731
+            call = functools.partial(theirs.na2d, q, k, v, kernel_size=7, backend=backend)
             row[backend] = round(statistics.median(step_times(call, q.device, 20)), 1)
         except Exception as error:
             row[backend] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"

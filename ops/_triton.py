@@ -102,6 +102,16 @@ class Like(NamedTuple):
         return self.strides
 
 
+def _ready(compiled: Any, grid: Sequence[int]) -> Callable[..., None] | None:
+    """The compiled kernel of a launch as a function of all arguments; None of the interpreter or of a stand-in."""
+    return compiled[(*grid, 1, 1)[:3]] if hasattr(compiled, "packed_metadata") else None
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether Triton compiles for a pointer that is a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0
+
+
 class Launch:
     """A kernel with its grid, its options and all of its arguments but some tensors, for many launches on one device.
 
@@ -110,24 +120,21 @@ class Launch:
     a call whose pointers are like those of an earlier one runs that one's kernel at once.
     """
 
-    def __init__(
-        self, kernel: Any, grid: Sequence[int], tensors: Sequence[str], **fixed: Any
-    ) -> None:  # fmt: skip
-        self._kernel, self._tensors, self._fixed = kernel, tuple(tensors), fixed
-        self._grid = (*grid, 1, 1)[:3]
+    def __init__(self, kernel: Any, grid: Sequence[int], tensors: Sequence[str], **fixed: Any) -> None:
+        self._kernel, self._grid, self._tensors, self._fixed = kernel, tuple(grid), tuple(tensors), fixed
         self._arguments = [fixed.get(name) for name in kernel.arg_names]
         self._places = [kernel.arg_names.index(name) for name in self._tensors]
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         """Tensors in the order of their names."""
-        aligned = tuple([x.data_ptr() % 16 == 0 for x in tensors])
+        aligned = tuple([_aligned(x) for x in tensors])
         known = self._compiled.get(aligned)
         if known is None:
             named = dict(zip(self._tensors, tensors, strict=True))
-            compiled = self._kernel[self._grid](**named, **self._fixed)
-            if hasattr(compiled, "packed_metadata"):  # neither the interpreter nor a stand-in
-                self._compiled[aligned] = compiled[self._grid]
+            ready = _ready(self._kernel[self._grid](**named, **self._fixed), self._grid)
+            if ready is not None:
+                self._compiled[aligned] = ready
             return
         arguments = self._arguments.copy()
         for place, x in zip(self._places, tensors, strict=True):
@@ -148,17 +155,17 @@ def launcher(kernel: Any, grid: Sequence[int]) -> Callable[..., None]:
 
     def launch(*args: Any, **kwargs: Any) -> None:
         values = [*args, *[kwargs[name] for name in kernel.arg_names[len(args) :]]]
-        seen = tuple([(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in values])
+        seen = tuple([(x.dtype, _aligned(x)) if isinstance(x, Tensor) else x for x in values])
         key = (id(kernel), grid, kwargs.get("num_warps"), kwargs.get("num_stages"), args[0].device, seen)
         known = _LAUNCHED.get(key)
         if known is not None:
             known(*values)
             return
-        compiled = kernel[grid](*args, **kwargs)
-        if hasattr(compiled, "packed_metadata"):  # neither the interpreter nor a stand-in
+        ready = _ready(kernel[grid](*args, **kwargs), grid)
+        if ready is not None:
             if len(_LAUNCHED) >= _MOST_LAUNCHED:
                 _LAUNCHED.clear()
-            _LAUNCHED[key] = compiled[(*grid, 1, 1)[:3]]
+            _LAUNCHED[key] = ready
 
     return launch
 

@@ -327,9 +327,7 @@ def _problem(kind: str, direction: str, q: Like, v: Like, height: Axis, width: A
 
 
 def _launch(kind: str, direction: str, q: Like, v: Like, axes: tuple[Axis, Axis], configs: Any, run: Any) -> None:
-    tuning.launch(
-        _problem(kind, direction, q, v, *axes), configs, q.device, run, axes, q.shape[-1], v.shape[-1]
-    )  # fmt: skip
+    tuning.launch(_problem(kind, direction, q, v, *axes), configs, q.device, run, axes, q.shape[-1], v.shape[-1])
 
 
 @functools.cache
