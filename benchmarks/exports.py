@@ -56,6 +56,9 @@ MODELS = (
     Model("van_b0"),
     Model("litv2_s"),
     Model("stvit_small"),
+    Model("spectformer_s"),
+    Model("soft_tiny"),
+    Model("sgformer_s"),
 )
 # what `zoo export` is told -> format, fields of Form
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
