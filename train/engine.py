@@ -283,15 +283,19 @@ class Trainer:
                 dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
             self.optimizer.step()
 
-    def _micro_step(self, images: Tensor, targets: Tensor, batch: int) -> tuple[Tensor, bool]:
-        """Forward and backward of one micro-batch; returns its loss and whether it completed an update."""
-        cfg = self.cfg
+    def _prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A micro-batch as the model gets it: on the device, mixed, in the wanted layout."""
         check_targets(targets, self.num_classes)
         images = images.to(self.world.device, non_blocking=True)
         targets = targets.to(self.world.device, non_blocking=True)
-        images, targets = self._mix(images, targets, batch)
-        if cfg.channels_last:
+        images, targets = self._mix(images, targets, self.progress.batch)
+        if self.cfg.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets
+
+    def _micro_step(self, images: Tensor, targets: Tensor, batch: int) -> tuple[Tensor, bool]:
+        """Forward and backward of one micro-batch; returns its loss and whether it completed an update."""
+        cfg = self.cfg
         first = batch // cfg.grad_accum * cfg.grad_accum
         group = min(cfg.grad_accum, self.loader.batches - first)
         update = batch - first == group - 1
@@ -314,6 +318,12 @@ class Trainer:
         begin = clock
         self.optimizer.zero_grad(set_to_none=True)
         for images, targets in self.loader.epoch(progress.epoch, progress.batch):
+            images, targets = self._prepare(images, targets)
+            if world.is_primary and progress.images == 0:
+                drawing = time.perf_counter()
+                self._draw_samples(images, targets)
+                drawing = time.perf_counter() - drawing
+                clock, begin = clock + drawing, begin + drawing
             loss, update = self._micro_step(images, targets, progress.batch)
             pending.append(loss)
             progress.batch += 1
@@ -483,17 +493,10 @@ class Trainer:
             self.loader.close()
             self.val_loader.close()
 
-    def _draw_samples(self) -> None:
-        """augmented.png: the first training images as they are augmented, and mixed among themselves."""
-        images, targets = self.loader.sample(_DRAWN)
-        if len(images) % 2 and self.mixup is not None:
-            images, targets = images[:-1], targets[:-1]
-        if len(images) == 0:
-            return
-        images, targets = self._mix(images, targets, 0)
-        draw_samples(
-            self.recorder.run_dir / "augmented.png", images, targets, self.data_facts["label_names"], self.shape
-        )
+    def _draw_samples(self, images: Tensor, targets: Tensor) -> None:
+        """augmented.png: images and classes of the first batch as the model gets them."""
+        path = self.recorder.run_dir / "augmented.png"
+        draw_samples(path, images[:_DRAWN], targets[:_DRAWN], self.data_facts["label_names"], self.shape)
 
     def _label_note(self) -> str | None:
         """A line where the model is not the one that its name promises."""
@@ -542,8 +545,6 @@ class Trainer:
         try:
             if self.world.any(self.signals.received is not None):
                 self._stop()
-            if self.world.is_primary and self.progress.step == 0:
-                self._draw_samples()
             while self.progress.step < self.total_steps or self.progress.batch > 0:
                 self._train_epoch()
                 if self.cfg.dry_run:

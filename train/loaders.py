@@ -292,15 +292,6 @@ class TrainLoader:
         self.stream.epoch = epoch
         return islice(self._readable(), start, self.batches)
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first readable images [B, C, H, W] of the first epoch and their classes; none of a stream."""
-        if self.sampler is None:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        self.sampler.epoch, self.sampler.start = 0, 0
-        keys = next(iter(self.sampler))[:count]
-        images, targets, *_ = _collate([self.loader.dataset[key] for key in keys])
-        return images, targets
-
     def close(self) -> None:
         """Stop the workers; the next epoch starts new ones."""
         _stop_workers(self.loader)

@@ -1,5 +1,6 @@
 """What launching the Triton kernels does, seen without running one: variants, host time, grids, what stays alive."""
 
+import contextlib
 import gc
 import random
 import time
@@ -163,7 +164,12 @@ def test_grids_stay_within_what_a_gpu_takes() -> None:
 
 def alive() -> set[int]:
     gc.collect()
-    return {x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, Tensor)}
+    found = set()
+    for x in gc.get_objects():
+        if issubclass(type(x), Tensor):
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # what is left of tracing has no memory
+                found.add(x.untyped_storage().data_ptr())
+    return found
 
 
 @pytest.mark.parametrize("example", examples.select("tiny"), ids=lambda e: e.op)

@@ -36,6 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder(whole: Path) -> None:
     assert {p.name for p in whole.iterdir()} == {
         ".lock",
+        "augmented.png",
         "checkpoints",
         "config.yaml",
         "curves.png",

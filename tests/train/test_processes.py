@@ -182,7 +182,7 @@ def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
     assert float(metrics(one)[-1]["train_loss"]) == pytest.approx(
         float(metrics(tmp_path / "two")[-1]["train_loss"]), rel=1e-4
     )
-    assert len(out.splitlines()) == 2, "both lines, the epoch's and the last, come from one process"
+    assert len(out.splitlines()) == 3, "the model's, the epoch's and the last line come from one process"
 
 
 @pytest.mark.slow

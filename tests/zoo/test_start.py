@@ -55,6 +55,7 @@ def test_nobody_reads(argv: list[str]) -> None:
 def test_a_training_goes_on_when_nobody_reads(tmp_path: Path) -> None:
     process = _start("train", f"run_dir={tmp_path / 'run'}", "log_every=1", *TINY)
     assert process.stdout is not None
+    assert process.stdout.readline().startswith("model: nat_digits")
     assert process.stdout.readline().startswith("epoch 1/1  step 1/11")
     process.stdout.close()
     assert process.wait(timeout=300) == 0
