@@ -87,19 +87,26 @@ def _list(argv: Sequence[str]) -> int:
     if args.markdown:
         with importing():
             import zoo.models  # noqa: F401  registers the models
-            from zoo.registry import models_table
+            from zoo.registry import models_table, package_models
 
-        print(models_table(), end="")
+        print(models_table(_matching(package_models(), args.patterns)), end="")
         return 0
-    wanted = args.patterns or ["*"]
-    names = [name for name in NAMES if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]
-    if not names:
-        near = nearest_names(wanted[0].strip("*?"), NAMES)
-        raise UserError(
-            f"no model matches {' '.join(args.patterns)!r}; the nearest names are {', '.join(near) or 'none'}"
-        )
+    names = _matching(list(NAMES), args.patterns)
     print("\n".join([tagged for name in names for tagged in NAMES[name]] if args.tags else names))
     return 0
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that one of the patterns matches, all where there is none.
+
+    Raises:
+        UserError: no name does.
+    """
+    found = [name for name in names if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if not found:
+        near = nearest_names(patterns[0].strip("*?"), names)
+        raise UserError(f"no model matches {' '.join(patterns)!r}; the nearest names are {', '.join(near) or 'none'}")
+    return found
 
 
 def _info(argv: Sequence[str]) -> int:

@@ -49,6 +49,14 @@ def test_list_tags(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(capsys.readouterr().out.split()) == {"dinat_large.in22k_ft_in1k", "dinat_large.in22k"}
 
 
+def test_markdown_of_some(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--markdown", "van_b[01]", "nat_mini"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["nat_mini", "van_b0", "van_b1"]
+    assert main(["list", "--markdown", "vann*"]) == 2
+    assert "'vann*'" in capsys.readouterr().err
+
+
 def test_list_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "natt_tiny*"]) == 2
     assert "nat_tiny" in capsys.readouterr().err

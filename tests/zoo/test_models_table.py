@@ -35,4 +35,4 @@ def test_names_without_models() -> None:
 
 @pytest.mark.slow
 def test_whole_table() -> None:
-    assert TABLE.read_text() == models_table()
+    assert TABLE.read_text() == models_table(package_models())
