@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _hooks
 
-__all__ = ["DWMlp", "global_attention", "is_plain_conv"]
+__all__ = ["DWMlp", "channels_last", "global_attention", "is_plain_conv"]
 
 _CONV_FORWARD = nn.Conv2d.forward
 
@@ -42,6 +42,11 @@ def is_plain_conv(module: nn.Module, dilation: int = 1) -> bool:
 def _is_plain_tensor(x: Tensor) -> bool:
     # the last two stand for parameters in torch.export
     return type(x) in (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same (B, C, H, W) map with its channels last in memory: by permutations, for torch.vmap knows no formats."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def global_attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -27,6 +27,7 @@ from zoo.ops.routing.layout import from_regions, to_regions
 from zoo.ops.scriptable import routing_attention, routing_index
 
 from ._build import build_model, published_cfg
+from ._modules import channels_last
 from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
 from .dialects import OURS, Dialect, rename
 
@@ -259,7 +260,7 @@ class ChannelsLast(nn.Module):
     """The same (B, C, H, W) map with its channels last in memory: else every LayerNorm of the blocks would copy."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
+        return channels_last(x)
 
 
 def _patch_embed(in_chans: int, dim: int, stl: bool, device: Any = None, dtype: Any = None) -> nn.Sequential:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import LayerNorm2d, Mlp, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from zoo.ops.maps import crop_map, is_symbolic, pad_map
 from zoo.ops.scriptable import channel_attention, channel_attention_qkvpacked, window_attention_qkvpacked
 
 from ._build import build_model, published_cfg
+from ._modules import channels_last
 from ._pyramid import DropPath, Pyramid, Stage, init_linear, stage_rates
 from .dialects import Dialect, moved_by, rename
 
@@ -53,8 +53,8 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_map(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
         # One input channel has no order of its own, so the convolution may answer in the other layout.
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv(channels_last(x))
+        return self.norm(channels_last(x))
 
 
 class Downsample(nn.Module):

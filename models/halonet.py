@@ -29,6 +29,7 @@ from zoo.ops.maps import is_symbolic
 from zoo.ops.scriptable import halo_attention
 
 from ._build import build_model, published_cfg
+from ._modules import channels_last
 from ._pyramid import CeilAvgPool2d, FamilyFacts, as_asked, as_format, check_output_fmt
 from .dialects import Dialect, rename
 
@@ -128,7 +129,7 @@ class HaloAttention(nn.Module):
         self.pos_embed.reset_parameters(self.dim_qk**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.contiguous(memory_format=torch.channels_last)  # what follows then copies nothing
+        tokens = channels_last(x)  # what follows then copies nothing
         q = self.q(tokens).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_qk))
         if self.q_scale != 1.0:
             q = q * self.q_scale

@@ -39,6 +39,7 @@ from zoo.ops.maps import pad_map, pad_same
 from zoo.ops.scriptable import window_attention_qkvpacked
 
 from ._build import build_model, published_cfg
+from ._modules import channels_last
 from ._pyramid import CeilAvgPool2d, DropPath, Pyramid, Stage, stage_rates
 from .dialects import Dialect, rename
 
@@ -375,10 +376,10 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(widths[0], widths[1], 3, padding=1, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         x = self.conv1(_around(x) if self.same else x)
         # One input channel has no order of its own, so the convolution may answer in the other layout.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return self.conv2(self.norm1(x))
 
 

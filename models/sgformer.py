@@ -93,10 +93,10 @@ def spread(weights: Tensor, rows: int, columns: int, height: int, width: int) ->
     return F.interpolate(got, size=[height, width], mode="nearest").squeeze(1)
 
 
-def orders(significance: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens from the least significant to the most, (B, N) each, counted by rows.
+def orders(significance: Tensor) -> Tensor:
+    """The tokens from the least significant to the most, counted by rows: two orders of every image, (2 B, N).
 
-    Of tokens of the same significance the first comes first: by rows in one order, by columns in the other.
+    Of tokens of the same significance the first comes first: by rows in the first B orders, by columns in the others.
 
     Args:
         significance: (B, H, W).
@@ -104,7 +104,7 @@ def orders(significance: Tensor) -> tuple[Tensor, Tensor]:
     H, W = significance.shape[1], significance.shape[2]
     by_rows = significance.flatten(1).argsort(dim=1, stable=True)
     by_columns = significance.transpose(1, 2).flatten(1).argsort(dim=1, stable=True)
-    return by_rows, by_columns % H * W + by_columns.div(H, rounding_mode="floor")
+    return torch.cat((by_rows, by_columns % H * W + by_columns.div(H, rounding_mode="floor")))
 
 
 def grouped(tokens: Tensor, order: Tensor, begin: int, end: int, shares: int, group: int) -> Tensor:
@@ -353,9 +353,8 @@ class GuidedAttention(nn.Module):
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, Tensor]:
         B, H, W, C = x.shape
-        by_rows, by_columns = orders(significance)
-        # both at once, so that each Linear is called once
-        merged = self.merged(x.flatten(1, 2).repeat(2, 1, 1), torch.cat((by_rows, by_columns)))
+        # both orders at once, so that each Linear is called once
+        merged = self.merged(x.flatten(1, 2).repeat(2, 1, 1), orders(significance))
         first, second = merged.unflatten(0, (2, B)).unbind(0)
         kv = torch.cat((self.heads(self.kv1(first)), self.heads(self.kv2(second))), dim=2)  # (2, B, nh, M, d)
         q = self.q(x).reshape(B, H * W, self.num_heads, self.head_dim).transpose(1, 2)

@@ -61,9 +61,7 @@ def newton_inverse(kernel: Tensor, max_iter: int = 20) -> Tensor:
     inverse = (1.8 / largest.square())[..., None, None] * fixed
     for _ in range(max_iter):
         inverse = 2 * inverse - inverse @ fixed @ inverse
-    if not regular.requires_grad:
-        return inverse
-    # the second term is zero, and its gradient is the one that is wanted
+    # the second term is zero, and its gradient is the one that is wanted; always there, for a tracer runs this twice
     return inverse - inverse @ (regular - fixed) @ inverse
 
 

@@ -19,7 +19,7 @@ from timm.models._features import FeatureGetterNet
 
 from zoo import __version__
 from zoo.errors import UserError, first_line
-from zoo.programs import DYNAMIC, PROGRAMS, Form, check_parity, modules_of, write_program
+from zoo.programs import DYNAMIC, PROGRAMS, Form, check_parity, write_program
 from zoo.train.arguments import parse_arguments
 from zoo.train.build import build_model, load_weights
 from zoo.train.compose import from_container
@@ -458,8 +458,7 @@ def _usage(config: ExportConfig, exported: Exported) -> list[str]:
             f'{names} = session.run(None, {{"images": images}})  # a NumPy array',
         ]
     load = "torch._inductor.aoti_load_package" if config.format == "aoti" else "torch.export.load"
-    needed = [f"import {name}  # operators" for name in modules_of(exported.model, config.decompose)]
-    before = ["import torch", *needed]
+    before = ["import torch", *([] if config.decompose else ["import zoo.ops  # operators"])]
     more = "" if config.format == "aoti" else ".module()"
     return [*before, f'program = {load}("model.pt2"){more}', f"{names} = program(images)"]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import UserError, first_line
 from .ops.decompositions import decompose
 
-__all__ = ["DYNAMIC", "PROGRAMS", "Form", "Parity", "check_parity", "has_compiler", "modules_of", "write_program"]
+__all__ = ["DYNAMIC", "PROGRAMS", "Form", "Parity", "check_parity", "has_compiler", "write_program"]
 
 DYNAMIC = {
     "auto": "batch, height and width, or what the model allows",
@@ -167,7 +167,7 @@ def check_parity(kind: str, file: Path, model: nn.Module, form: Form) -> Parity:
     """
     generator = torch.Generator().manual_seed(int.from_bytes(file.name.encode(), "big") % 2**31)
     images = [torch.randn(shape, generator=generator).to(form.dtype) for shape in form.shapes]
-    made = _replay(kind, file, images, form, () if kind == "onnx" else modules_of(model, form.decompose))
+    made = _replay(kind, file, images, form, () if kind == "onnx" or form.decompose else ("zoo.ops",))
     worst = Parity(0.0, 0.0, _SLACK[form.dtype], form.shapes)
     model = model.to(form.dtype)
     exact_model = copy.deepcopy(model).double()
@@ -217,14 +217,6 @@ def _replay(kind: str, file: Path, images: Sequence[Tensor], form: Form, modules
             count = len(form.outputs)
             keys = [[f"{i}.{j}" for j in range(count) if f"{i}.{j}" in made.files] for i in range(len(images))]
             return [[torch.from_numpy(made[key]) for key in names] for names in keys]
-
-
-def modules_of(model: nn.Module, decompose: bool) -> list[str]:
-    """What is imported before a program of PyTorch's is loaded: the operators of others that it calls."""
-    from .models.litv2 import DeformConv2dPack  # whose convolution is torchvision's
-
-    deformable = any(isinstance(module, DeformConv2dPack) for module in model.modules())
-    return ["zoo.ops"] * (not decompose) + ["torchvision"] * deformable
 
 
 @contextmanager

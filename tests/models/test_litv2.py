@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torchvision
 from dialects import written
 from golden import GOLDENS, filled, keys, save_checkpoint
 from timm.models._manipulate import group_parameters
 from torch import Tensor
 
-from zoo.models.litv2 import DIALECTS, LITv2, checkpoint_filter_fn
+from zoo.models.litv2 import DIALECTS, LITv2, checkpoint_filter_fn, deform_conv
 
 VARIANTS = {v["name"]: v for v in json.loads((GOLDENS / "litv2/variants.json").read_text())["variants"]}
 KEYS = sorted(path.name.removesuffix(".keys.json") for path in (GOLDENS / "litv2").glob("*.keys.json"))
@@ -231,3 +232,31 @@ def test_compile_and_export() -> None:
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_deformable_convolution(dtype: torch.dtype) -> None:
+    """torchvision's numbers and gradients, for taps that leave the map too, and a floored odd side."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, 13, 22), (2, 8, 6, 11), (5, 6, 2, 2), (5,))
+    inputs = [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
+    inputs[1] = (5 * inputs[1]).detach().requires_grad_()
+    found = deform_conv(*inputs)
+    x, offset, weight, bias = inputs
+    wanted = torchvision.ops.deform_conv2d(x, offset, weight, bias, stride=2)
+    assert not torch.allclose(wanted, nn.functional.conv2d(x, weight, bias, 2), atol=0.1)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(found, wanted, **tolerance)
+    out = torch.randn(found.shape, generator=generator, dtype=dtype)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, out) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_offsets_of_a_diverged_model(value: float) -> None:
+    """They end in numbers that say so, not in the process's end."""
+    x, offset = torch.randn(1, 4, 8, 8, requires_grad=True), torch.zeros(1, 8, 4, 4)
+    offset[0, 3, 1, 2] = value
+    y = deform_conv(x, offset.requires_grad_(), torch.ones(2, 4, 2, 2), torch.zeros(2))
+    y.sum().backward()
+    assert [tuple(i) for i in y[0, 0].isnan().nonzero().tolist()] == ([] if value == 1e30 else [(1, 2)])

@@ -121,7 +121,7 @@ def test_recorded_orders(tmp_path: Path) -> None:
         _, stage, _, block, _ = name.split(".")
         recorded = f"order.block{int(stage) + 1}.{block}.attn.index"
         height, width = significance.shape[1:]
-        by_rows, by_columns = orders(significance)
+        by_rows, by_columns = orders(significance).chunk(2)
         assert torch.equal(by_rows, data[f"{recorded}1"].long()), name
         second = data[f"{recorded}2"].long()
         assert torch.equal(by_columns, second % height * width + second // height), name
@@ -152,16 +152,16 @@ def test_window_significance(size: tuple[int, int]) -> None:
 
 def test_ties_keep_their_order() -> None:
     """By rows in one order, by columns in the other; the original's order of equal tokens is arbitrary."""
-    by_rows, by_columns = orders(torch.zeros(2, 40, 50))
+    by_rows, by_columns = orders(torch.zeros(2, 40, 50)).chunk(2)
     tokens = torch.arange(40 * 50)
     assert torch.equal(by_rows, tokens.expand(2, -1))
     assert torch.equal(by_columns, tokens.reshape(40, 50).T.flatten().expand(2, -1))
     significance = torch.randint(0, 3, (2, 40, 50)).float()
-    for order in orders(significance):
+    for order in orders(significance).chunk(2):
         assert torch.equal(order.sort(1).values, tokens.expand(2, -1))
         assert (significance.flatten(1).gather(1, order).diff(dim=1) >= 0).all()
     distinct = torch.rand(2, 6, 7).flatten(1).argsort(1).reshape(2, 6, 7)
-    assert torch.equal(*orders(distinct)), "where nothing is equal both are the same"
+    assert torch.equal(*orders(distinct).chunk(2)), "where nothing is equal both are the same"
 
 
 # groups ---------------------------------------------------------------------------------------------------------------
