@@ -177,6 +177,7 @@ def dry_run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], list[str]]
     return report, done.stdout.strip().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2000)
 def test_dry_run_of_the_ops(tmp_path: Path) -> None:
     """Every op and peer at tiny sizes in Triton's interpreter; nothing is wrong and no peer fails."""

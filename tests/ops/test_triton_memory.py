@@ -92,7 +92,10 @@ GROWTH: dict[str, tuple[Callable[[int], Case], float, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", GROWTH)
+LONG = ("neighborhood-7", "routing-dense", "large-kernel")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in GROWTH])
 def test_growth_per_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and what the op's README names; the number of keys that a query sees is no factor of it."""
     monkeypatch.setattr(launch, "_PARTIALS", 1)  # the tables of partial sums are at their limit with one image
@@ -126,6 +129,7 @@ def test_partial_sums_of_the_bias_gradient_have_a_limit(monkeypatch: pytest.Monk
     assert found[4] - found[2] == 2 * (found[2] - found[1]) == 2 * 64 * 64 * 4
 
 
+@pytest.mark.slow
 def test_gradients_of_keys_tile_by_tile_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most as many images at once as fit."""
     call = halo((8, 8), 4, 1, batch=6, dim=16)

@@ -14,8 +14,11 @@ import triton.language as tl  # noqa: E402
 from watch import ORDERS, watched  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it watches the interpreter")
-# quick: a call of every op, and of both forms of halo's backward; the others are slow tests
-QUICK = with_new_ops("na-3-odd-map", "window-odd-shifted", "halo-zero", "halo-mask-overhang", "channel-dim24")
+# quick: a call of every op that takes seconds; the others are slow tests
+QUICK = {*with_new_ops("na-3-odd-map", "window-odd-shifted", "halo-zero", "channel-dim24")} - {
+    "large-kernel",
+    "routing",
+}
 
 
 @triton.jit

@@ -140,7 +140,11 @@ def outcome(name: str) -> tuple[list[Tensor], dict[Key, None]]:
     return [out.detach(), *grads], keys
 
 
-@pytest.mark.parametrize("name", NAMES)
+# minutes of the interpreter in small tiles
+LONG = ("halo-zero", "large-kernel", "routing")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
 def test_kernels_run_what_the_table_says(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table with small tiles for every pass: other configurations run, and the results stay the same."""
     expected, keys = outcome(name)

@@ -186,7 +186,15 @@ def test_signal_saves_and_resumes_exactly(
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("moment", ["last step", "last step saved", "evaluation", "end of evaluation"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "last step",
+        pytest.param("last step saved", marks=pytest.mark.slow),
+        pytest.param("evaluation", marks=pytest.mark.slow),
+        "end of evaluation",
+    ],
+)
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_run_stopped_at_its_end_is_evaluated(
     moment: str, epochs: int, whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
