@@ -6,6 +6,9 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from families import FAMILIES  # noqa: E402
+
 OUT = Path(__file__).parents[2] / "docs" / "clients.md"
 PACKAGES = {
     "test_transformers": "transformers",
@@ -47,7 +50,9 @@ def results(path: Path) -> dict[tuple[str, str], str]:
 
 
 def table(found: dict[tuple[str, str], str]) -> str:
-    families = list(dict.fromkeys(family for _, family in found))
+    known = [*FAMILIES]  # the tests ran in any order; the control, which is none of them, comes first
+    tested = dict.fromkeys(family for _, family in found)
+    families = sorted(tested, key=lambda family: known.index(family) if family in known else -1)
     lines = [f"| program | version | {' | '.join(families)} |", "|---|---|" + ":-:|" * len(families)]
     for test, package in PACKAGES.items():
         program = test.removeprefix("test_").replace("_", " ")
