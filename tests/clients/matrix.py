@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from families import FAMILIES  # noqa: E402
+from families import FAMILIES
 
 OUT = Path(__file__).parents[2] / "docs" / "clients.md"
 PACKAGES = {
