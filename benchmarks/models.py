@@ -12,11 +12,11 @@ above the built model. `--scaling` gives the time per pixel at 224, 448 and 896 
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -425,9 +425,26 @@ def memory_child(options: argparse.Namespace) -> None:
     images = torch.randn(options.batch, 3, *size, dtype=_DTYPES[options.dtype])
     with replaced(entry, which == "peer"):
         MODES[mode](model, images[:1])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start_peak()
+        before = resident("VmRSS")
         MODES[mode](model, images)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print((resident("VmHWM") - before) >> 10)
+
+
+def start_peak() -> None:
+    """Give back what building left behind, and let the peak of the resident set begin here.
+
+    `ru_maxrss` begins at the peak of the process that started this one, and so says nothing.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(key: str) -> int:
+    """KiB from /proc: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def scaling(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -215,3 +215,15 @@ def test_no_gpu_is_one_line() -> None:
     assert done.returncode == 2
     assert "PyTorch sees no GPU here" in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_the_peak_of_memory_is_the_step_s() -> None:
+    """Neither what was there before counts, nor the peak of the process that started this one."""
+    earlier = torch.ones(100 << 18)
+    del earlier
+    models.start_peak()
+    before = models.resident("VmRSS")
+    step = torch.ones(40 << 18)
+    del step
+    assert 38 << 10 < models.resident("VmHWM") - before < 60 << 10
