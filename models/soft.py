@@ -29,6 +29,8 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.ops.maps import crop_map, is_symbolic
+
 from ._build import build_model, published_cfg
 from ._pyramid import DropPath, Pyramid, Stage, as_asked, as_format, check_output_fmt, init_linear, stage_rates
 from ._tables import as_map, check_image_size, check_map, halved, resize_map
@@ -186,13 +188,15 @@ class SoftmaxFreeAttention(nn.Module):
         nh, d = self.num_heads, self.head_dim
         x = check_map(x, self.ratio)
         q = (self.q(x) * d**-0.25).reshape(B, H * W, nh, d).transpose(1, 2)  # (B, nh, N, d)
-        landmarks = self.landmarks(q.transpose(2, 3).reshape(B * nh, d, H, W))
+        maps = q.reshape(B * nh, H, W, d)
+        if is_symbolic(H, W):  # what the convolution drops, or Inductor and PyTorch write its floor in two ways
+            maps = crop_map(maps, H // self.ratio * self.ratio, W // self.ratio * self.ratio)
+        landmarks = self.landmarks(maps.permute(0, 3, 1, 2))
         landmarks = landmarks.flatten(2).transpose(1, 2).unflatten(0, (B, nh))  # (B, nh, M, d)
         landmarks = self.act(self.landmarks_norm(landmarks))
         v = self.v(x).reshape(B, H * W, nh, d).transpose(1, 2)
         y = softmax_free_attention(q, landmarks, v, self.max_iter, self.normed, self.per_image)
-        maps = v.permute(0, 3, 1, 2).reshape(B * d, nh, H, W)
-        mixed = self.conv(maps).reshape(B, d, nh, H * W).permute(0, 2, 3, 1)
+        mixed = self.conv(v.permute(0, 3, 1, 2).reshape(B * d, nh, H, W)).reshape(B, d, nh, H * W).permute(0, 2, 3, 1)
         return self.proj((y + mixed).transpose(1, 2).reshape(B, H, W, C))
 
 
