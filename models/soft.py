@@ -188,10 +188,11 @@ class SoftmaxFreeAttention(nn.Module):
         nh, d = self.num_heads, self.head_dim
         x = check_map(x, self.ratio)
         q = (self.q(x) * d**-0.25).reshape(B, H * W, nh, d).transpose(1, 2)  # (B, nh, N, d)
-        maps = q.reshape(B * nh, H, W, d)
+        maps = q.transpose(2, 3).reshape(B * nh, d, H, W)
         if is_symbolic(H, W):  # what the convolution drops, or Inductor and PyTorch write its floor in two ways
-            maps = crop_map(maps, H // self.ratio * self.ratio, W // self.ratio * self.ratio)
-        landmarks = self.landmarks(maps.permute(0, 3, 1, 2))
+            height, width = H // self.ratio * self.ratio, W // self.ratio * self.ratio
+            maps = crop_map(maps.permute(0, 2, 3, 1), height, width).permute(0, 3, 1, 2)
+        landmarks = self.landmarks(maps)
         landmarks = landmarks.flatten(2).transpose(1, 2).unflatten(0, (B, nh))  # (B, nh, M, d)
         landmarks = self.act(self.landmarks_norm(landmarks))
         v = self.v(x).reshape(B, H * W, nh, d).transpose(1, 2)
