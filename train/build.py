@@ -8,7 +8,6 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
 from torch import nn
 
 from zoo.errors import UserError
@@ -16,7 +15,7 @@ from zoo.models.checkpoints import read_checkpoint
 from zoo.registry import package_models, require_model
 from zoo.train.config import LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 
-__all__ = ["build_model", "build_optimizer", "build_schedule", "build_task", "load_weights"]
+__all__ = ["build_model", "build_optimizer", "build_schedule", "load_weights", "loss_options"]
 
 
 def _one_line(error: BaseException) -> str:
@@ -116,12 +115,12 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
     model.load_state_dict(weights)
 
 
-def build_task(cfg: LossConfig, model: nn.Module, *, soft_targets: bool, device: torch.device) -> ClassificationTask:
-    """The model with the loss that the configuration names; `soft_targets` where mixing makes distributions of them."""
+def loss_options(cfg: LossConfig, soft_targets: bool) -> dict[str, Any]:
+    """Arguments of timm's loss as the configuration says; `soft_targets` where mixing makes distributions of them."""
     options: dict[str, Any] = {"loss_type": cfg.name, "smoothing": cfg.smoothing, "soft_targets": soft_targets}
     if cfg.name == "bce":
         options |= {"bce_sum": cfg.bce_sum, "bce_target_thresh": cfg.bce_target_thresh}
-    return ClassificationTask(model, criterion_kwargs=options, device=device, verbose=False)
+    return options
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ __all__ = [
     "TRAIN",
     "AugmentConfig",
     "DataConfig",
+    "DistillConfig",
     "EvalConfig",
     "LoggerConfig",
     "ModelConfig",
@@ -162,6 +163,17 @@ class LossConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A teacher whose answers are learned beside the labels: weight * KL(teacher, student) + task_weight * loss."""
+
+    teacher: Optional[str] = None  # a run folder, or any name that timm knows; none where it is null
+    pretrained: Any = True  # of a name: the published weights, or the path of a checkpoint file
+    weight: float = 1.0
+    task_weight: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass
 class EmaConfig:
     enabled: bool = False
     decay: float = 0.9999
@@ -222,6 +234,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -374,6 +387,19 @@ def _check_augment(cfg: TrainConfig) -> None:
         raise UserError(f"batch_size={cfg.batch_size} is odd, and mixup and cutmix pair images; give an even one")
 
 
+def _check_distill(distill: DistillConfig) -> None:
+    if distill.teacher is None:
+        for key, value in vars(DistillConfig()).items():
+            if getattr(distill, key) != value:
+                raise UserError(f"distill.{key} has no effect without a teacher; give distill.teacher=NAME|RUN_FOLDER")
+        return
+    if not isinstance(distill.pretrained, bool | str):
+        raise UserError(f"distill.pretrained={distill.pretrained!r} is no choice; give true or a checkpoint's path")
+    require(0 < distill.weight < math.inf, "distill.weight", distill.weight, "a positive factor")
+    require(0 <= distill.task_weight < math.inf, "distill.task_weight", distill.task_weight, "a factor of 0 or more")
+    require(0 < distill.temperature < math.inf, "distill.temperature", distill.temperature, "a positive temperature")
+
+
 def validate(cfg: TrainConfig | EvalConfig) -> None:
     """Check values that types do not catch.
 
@@ -420,6 +446,7 @@ def validate(cfg: TrainConfig | EvalConfig) -> None:
         require(not used or 0 <= rate <= cfg.optim.lr, f"schedule.{key}", rate, wanted)
     require(cfg.schedule.cooldown_epochs >= 0, "schedule.cooldown_epochs", cfg.schedule.cooldown_epochs, "0 or more")
     require(0 <= cfg.loss.smoothing < 1, "loss.smoothing", cfg.loss.smoothing, "a share from 0 to below 1")
+    _check_distill(cfg.distill)
     require(0 <= cfg.ema.decay < 1, "ema.decay", cfg.ema.decay, "a factor from 0 to below 1")
     for key in ("every_epochs", "every_steps", "every_seconds"):
         value = getattr(cfg.checkpoint, key)

@@ -10,14 +10,16 @@ from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, random_seed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zoo.errors import UserError
-from zoo.train.build import build_model, build_optimizer, build_schedule, build_task
+from zoo.train.build import build_model, build_optimizer, build_schedule, loss_options
 from zoo.train.config import TrainConfig, model_label
 from zoo.train.data import FOLDERS, EvalLoader, TrainLoader, class_count, create_mixup, open_dataset, resolve_transform
+from zoo.train.distill import DistilledTask, open_teacher
 from zoo.train.evaluate import Evaluation, autocast, check_targets, evaluate
 from zoo.train.freeze import freeze
 from zoo.train.images import BadImages
@@ -133,7 +135,7 @@ class Trainer:
         if cfg.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.mixup = create_mixup(cfg.augment, self.num_classes, cfg.loss.smoothing)
-        self.task = build_task(cfg.loss, model, soft_targets=self.mixup is not None, device=world.device)
+        self.task = self._build_task(model)
         self.optimizer = build_optimizer(cfg.optim, model)
         if cfg.ema.enabled:
             self.task.setup_ema(decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
@@ -146,6 +148,15 @@ class Trainer:
         self.autocast = autocast(world.device, cfg.amp)
         self.scaler = NativeScaler(device=world.device.type) if cfg.amp == "fp16" else None
         random_seed(cfg.seed, world.rank)  # drop path differs between processes
+
+    def _build_task(self, model: Any) -> TrainingTask:
+        """The model with its loss, and with a teacher where there is one."""
+        cfg, device = self.cfg, self.world.device
+        options = loss_options(cfg.loss, self.mixup is not None)
+        if cfg.distill.teacher is None:
+            return ClassificationTask(model, criterion_kwargs=options, device=device, verbose=False)
+        teacher = open_teacher(cfg.distill, self.shape, self.num_classes, self.data_facts["label_names"], device)
+        return DistilledTask(model, teacher, cfg.distill, self.shape, options, device)
 
     def _state(self) -> dict[str, Any]:
         """The checkpoint; every process takes part."""

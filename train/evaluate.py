@@ -234,7 +234,7 @@ def open_source(cfg: EvalConfig) -> Source:
     return _from_run(cfg) if cfg.run is not None else _from_model(cfg)
 
 
-def _published_labels(model: Any, names: list[str] | None) -> list[str] | None:
+def published_labels(model: Any, names: list[str] | None) -> list[str] | None:
     """ImageNet's class names (WordNet ids) in the order of a head of that size, where the data's classes are theirs."""
     subset = timm.data.infer_imagenet_subset(model)
     if not subset or not names:
@@ -284,7 +284,7 @@ def _open_for(cfg: EvalConfig, source: Source) -> Any:
         training = _training_classes(cfg)
         dataset = open_dataset(cfg.data, False, cfg.model.in_chans, class_map=training, **options)
         own = label_names(dataset)
-        names = _published_labels(source.model, own) if cfg.run is None else None
+        names = published_labels(source.model, own) if cfg.run is None else None
     if names is not None and own is not None:
         return match_labels(dataset, names, source.known_as or "ImageNet's classes")
     _check_count(cfg, source.model, class_count(cfg.data, dataset))

@@ -20,7 +20,7 @@ from zoo.train.folders import images_below
 from zoo.train.images import ImageError, PixelRanges, find_ranges, read_image, shown
 from zoo.train.loggers import write_csv
 from zoo.train.plot import new_figure, save_figure
-from zoo.train.runs import check_writable, load_run
+from zoo.train.runs import check_writable, is_run, load_run
 from zoo.train.shell import Command, run_command
 from zoo.train.state import join_world
 
@@ -156,19 +156,10 @@ def _ranges(paths: Sequence[str]) -> tuple[PixelRanges, list[str]]:
         raise UserError(str(error).replace("data.value_range", "value_range")) from error
 
 
-def _is_run(model: str) -> bool:
-    """Whether `model=` names a run folder; a name that timm knows is a folder only where a run lies in it."""
-    if ":" in model and not os.path.isdir(model):
-        return False
-    return os.path.isfile(os.path.join(model, "config.yaml")) or (
-        not timm.is_model(model) and (os.path.isdir(model) or os.sep in model)
-    )
-
-
 def _source(config: PredictConfig) -> tuple[Source, EvalConfig]:
     """The model with its weights, and the configuration by which images are prepared."""
     model = str(config.model)
-    if _is_run(model):
+    if is_run(model):
         alone = [key for key in ("pretrained", "num_classes") if getattr(config, key) is not None]
         if alone:
             raise UserError(f"{alone[0]}= conflicts with a run, which says it; leave it out")
@@ -184,7 +175,7 @@ def _source(config: PredictConfig) -> tuple[Source, EvalConfig]:
         if getattr(config, key) is not None:
             own["data"][key] = getattr(config, key)
     own["data"]["num_workers"] = 0
-    own |= {"run": model if _is_run(model) else None, "pretrained": config.pretrained or not _is_run(model) or None}
+    own |= {"run": model if is_run(model) else None, "pretrained": config.pretrained or not is_run(model) or None}
     own |= {key: getattr(config, key) for key in ("checkpoint", "weights", "batch_size", "device")}
     cfg = from_container(own, EVAL)
     return open_source(cfg), cfg

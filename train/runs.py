@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import timm
 import torch
 import yaml
 from omegaconf import OmegaConf
@@ -47,6 +48,7 @@ __all__ = [
     "claim_folder",
     "json_text",
     "load_checkpoint",
+    "is_run",
     "load_run",
     "lock_run",
     "newest_intact",
@@ -417,6 +419,15 @@ def _is_sealed(text: str) -> bool:
 def _remedy(folder: Path) -> str:
     code = f"from zoo.train.runs import restore_config; restore_config({str(folder)!r})"
     return f"`python -c {shlex.quote(code)}` writes the checkpoint's configuration back"
+
+
+def is_run(model: str) -> bool:
+    """Whether `model=` names a run folder; a name that timm knows is a folder only where a run lies in it."""
+    if ":" in model and not os.path.isdir(model):
+        return False
+    return os.path.isfile(os.path.join(model, "config.yaml")) or (
+        not timm.is_model(model) and (os.path.isdir(model) or os.sep in model)
+    )
 
 
 def load_run(run_folder: str | Path) -> Run:
