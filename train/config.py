@@ -227,6 +227,7 @@ class TrainConfig:
     run_dir: Optional[str] = None
     resume: Optional[str] = None
     dry_run: bool = False
+    profile: bool = False  # a trace and a table of five updates, in the run folder
     debug: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from zoo.train.images import BadImages
 from zoo.train.labels import check_same_data, data_notes, describe_data, label_names, match_labels
 from zoo.train.loggers import rate_text
 from zoo.train.plot import Panel
+from zoo.train.profiling import UpdateProfiler, part
 from zoo.train.recorder import Figures, Recorder, versions
 from zoo.train.runs import load_checkpoint
 from zoo.train.samples import draw_samples
@@ -36,11 +38,12 @@ __all__ = ["Progress", "Trainer"]
 
 FORMAT = 1
 _DRAWN = 16  # training images in augmented.png
+_WAITED = 20.0  # percent of the time of training from which on waiting for data is said
 _NEAR_INITIAL = 0.05  # the share of the first weights in the averaged ones from which on the user is warned
 FIGURES = Figures(
     (
         "epoch", "step", "lr", "train_loss", "val_loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5",
-        "images_per_second", "seconds",
+        "images_per_second", "data_wait", "seconds",
     ),
     (
         Panel(
@@ -81,6 +84,9 @@ class Trainer:
         self.recorder = Recorder(run_dir, cfg, world, FIGURES)
         self.signals = Signals()
         self.progress = Progress()
+        self.profiler: UpdateProfiler | None = None
+        self.rate = self.waited = 0.0  # images and seconds of waiting for them, of the epoch
+        self.wait_share: float | None = None  # percent of the epoch's training
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         self._open_data()
@@ -283,16 +289,19 @@ class Trainer:
         parameters = self.task.get_clip_parameters(exclude_head=optim.clip_mode == "agc")
         second_order = getattr(self.optimizer, "is_second_order", False)
         if self.scaler is not None:
-            self.scaler(
-                loss, self.optimizer, clip_grad=optim.clip_grad, clip_mode=optim.clip_mode, parameters=parameters,
-                create_graph=second_order, need_update=update,
-            )  # fmt: skip
+            with part("backward and optimizer"):
+                self.scaler(
+                    loss, self.optimizer, clip_grad=optim.clip_grad, clip_mode=optim.clip_mode, parameters=parameters,
+                    create_graph=second_order, need_update=update,
+                )  # fmt: skip
             return
-        loss.backward(create_graph=second_order)
+        with part("backward"):
+            loss.backward(create_graph=second_order)
         if update:
-            if optim.clip_grad is not None:
-                dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
-            self.optimizer.step()
+            with part("optimizer"):
+                if optim.clip_grad is not None:
+                    dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+                self.optimizer.step()
 
     def _prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """A micro-batch as the model gets it: on the device, mixed, in the wanted layout."""
@@ -311,7 +320,7 @@ class Trainer:
         group = min(cfg.grad_accum, self.loader.batches - first)
         update = batch - first == group - 1
         with nullcontext() if update else self.task.no_sync():
-            with self.autocast():
+            with self.autocast(), part("forward"):
                 loss = self.task(images, targets)["loss"]
             self._backward(loss / group, update)
         return loss.detach(), update
@@ -328,8 +337,10 @@ class Trainer:
         clock, images_seen = time.perf_counter(), 0
         begin = clock
         self.optimizer.zero_grad(set_to_none=True)
-        for images, targets in self.loader.epoch(progress.epoch, progress.batch):
-            images, targets = self._prepare(images, targets)
+        self.waited = 0.0
+        for images, targets in self._batches():
+            with part("preparation"):
+                images, targets = self._prepare(images, targets)
             if world.is_primary and progress.images == 0:
                 drawing = time.perf_counter()
                 self._draw_samples(images, targets)
@@ -359,6 +370,8 @@ class Trainer:
             rate = images_seen / max(now - begin, 1e-9)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             self.recorder.step(label, progress.step, last, lr, rate)
+            if self.profiler is not None:
+                self._profile_step()
             if stop or due or end:
                 progress.seconds += now - clock
                 clock = now
@@ -372,8 +385,28 @@ class Trainer:
             progress.batch = self.loader.batches  # a stream may end a little before its announced length
         if pending:
             self._read(pending)
-        self.rate = images_seen / max(time.perf_counter() - begin, 1e-9)
+        elapsed = max(time.perf_counter() - begin, 1e-9)
+        self.rate, self.wait_share = images_seen / elapsed, 100 * self.waited / elapsed
         progress.seconds += time.perf_counter() - clock
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of the epoch; how long was waited for it is kept."""
+        batches = iter(self.loader.epoch(self.progress.epoch, self.progress.batch))
+        while True:
+            before = time.perf_counter()
+            with part("data"):
+                batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def _profile_step(self) -> None:
+        assert self.profiler is not None
+        line = self.profiler.step()
+        if line is not None:
+            self.profiler = None
+            print(line, flush=True)
 
     def _read(self, pending: list[Tensor]) -> float:
         values = torch.stack(pending).cpu().double().tolist()
@@ -451,7 +484,7 @@ class Trainer:
             row |= figures
             better = recorder.is_best(score, epoch)
         progress.seconds += time.perf_counter() - clock
-        row |= {"images_per_second": self.rate or None, "seconds": progress.seconds}
+        row |= {"images_per_second": self.rate or None, "data_wait": self.wait_share, "seconds": progress.seconds}
         recorder.history.append(row)
         if partial:
             if better:
@@ -475,6 +508,8 @@ class Trainer:
             parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
         if row.get("images_per_second"):
             parts.append(rate_text(row["images_per_second"]))
+        if (row.get("data_wait") or 0.0) >= _WAITED:
+            parts.append(f"{row['data_wait']:.0f} % of it waiting for data")
         return "  ".join(parts)
 
     def _verify_dry_run(self) -> None:
@@ -548,7 +583,8 @@ class Trainer:
     def _fit(self) -> dict[str, Any]:
         recorder = self.recorder
         recorder.resume(self.restore)
-        self.rate = 0.0
+        if self.cfg.profile and self.world.is_primary:
+            self.profiler = UpdateProfiler(recorder.run_dir / "profile", self.world.device)
         recorder.begin(self.total_steps, self.progress.step)
         for note in (self._label_note(), self._freeze_note(), self._ema_note()):
             if note is not None and self.world.is_primary:
@@ -568,6 +604,9 @@ class Trainer:
                     break
         finally:
             recorder.close()
+            line = self.profiler.close() if self.profiler is not None else None
+        if self.profiler is not None:
+            print(line or "profile: the run ended before its third update; nothing was written", flush=True)
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:

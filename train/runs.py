@@ -62,8 +62,8 @@ __all__ = [
 CHECKPOINTS = ("last", "previous", "best")
 # What a resume of some kind of run may change: nothing that what was already computed depends on.
 RESUMABLE = (
-    "epochs", "max_steps", "device", "debug", "log_every", "eval_every", "val_batch_size", "pictures", "run_root",
-    "data.root", "data.num_workers", "data.pin_memory", "data.max_bad", "checkpoint.", "logger.",
+    "epochs", "max_steps", "device", "debug", "profile", "log_every", "eval_every", "val_batch_size", "pictures",
+    "run_root", "data.root", "data.num_workers", "data.pin_memory", "data.max_bad", "checkpoint.", "logger.",
 )  # fmt: skip
 FOLDER_KEYS = ("run_dir", "resume")  # of the start that wrote the file; a run that is taken up again sets them anew
 _SEAL = "# sha256 of what stands above: "

@@ -32,7 +32,7 @@ RANDOM = (
     "ema.warmup=false",
 )
 # what depends on the clock or names the folder
-_FREE = ("seconds", "images_per_second", "run_dir")
+_FREE = ("seconds", "images_per_second", "data_wait", "run_dir", "profile")
 
 
 def train(run_dir: Path, *overrides: str, expect: int = 0) -> Path:
