@@ -135,15 +135,14 @@ def page(found: Mapping[str, Any]) -> str:
         "Written by `python -m benchmarks.exports` from `benchmarks/results/exports.json`. A cell is a program that",
         "`zoo export` writes: which sizes of the images it leaves open, and the largest difference of its logits from",
         "the model's in float64, in standard deviations, on images of three sizes (smaller and larger than what it was",
-        "made from) and batch sizes, in a fresh process. Weights are random. A dash was not run.",
+        "made from) and batch sizes, in a fresh process. Weights are random. A star: the model has one block in every",
+        "stage. A dash was not run.",
         "",
         f"| model | {' | '.join(f'`{name}`' for name in FORMS)} |",
         "|---|" + "---|" * len(FORMS),
     ]
     for name in models:
-        shallow = any(row["blocks"] == 1 for (model, _form), row in rows.items() if model == name)
-        label = f"`{name}`{', one block a stage' if shallow else ''}"
-        lines.append(f"| {label} | {' | '.join(_cell(rows.get((name, form))) for form in FORMS)} |")
+        lines.append(f"| `{name}` | {' | '.join(_cell(rows.get((name, form))) for form in FORMS)} |")
     timed = [row for row in found["results"] if "speed" in row]
     lines += ["", "## Speed", ""]
     if timed:
@@ -173,7 +172,8 @@ def page(found: Mapping[str, Any]) -> str:
 def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return "fails" if "error" in row else f"{_AXES[row['dynamic']]}: {row['program']:.0e}"
+    found = "fails" if "error" in row else f"{_AXES[row['dynamic']]}: {row['program']:.0e}"
+    return found + " *" * (row["blocks"] == 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

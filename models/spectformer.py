@@ -16,6 +16,7 @@ Numbers are the original's. What differs:
 - training gives the logits of evaluation, too: the original's mixing of token labels is a matter of its loss.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,10 +86,46 @@ def spectral_gate(x: Tensor, gate: Tensor) -> Tensor:
     """
     height, width = x.shape[1], x.shape[2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    factors = torch.view_as_complex(resize_gate(gate.to(dtype), height, width).contiguous())
-    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2), norm="ortho") * factors
-    # an odd width is not to be told from the spectrum
-    return torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2), norm="ortho").to(x.dtype)
+    gate = resize_gate(gate.to(dtype), height, width)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (on a line of its own, as TorchScript wants it)
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return gate_by_products(x.to(dtype), gate).to(x.dtype)
+    # an odd width is not to be told from the spectrum; a factor before the first transform or after the second is one,
+    # and that of norm="ortho" would be the square root of a size, which no exported program leaves open
+    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2)) * torch.view_as_complex(gate.contiguous())
+    return torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2)).to(x.dtype)
+
+
+def gate_by_products(x: Tensor, gate: Tensor) -> Tensor:
+    """`spectral_gate` by products with the matrices of the transforms, for ONNX, whose DFT does not take every size.
+
+    Args:
+        x: (B, H, W, C).
+        gate: (H, W // 2 + 1, C, 2).
+    """
+    cos_rows, sin_rows = _waves(x.shape[1], x.shape[1], x)
+    cos_columns, sin_columns = _waves(x.shape[2], gate.shape[1], x)
+    columns = torch.arange(gate.shape[1], device=x.device)
+    width = torch.scalar_tensor(x.shape[2], device=x.device, dtype=torch.int64)
+    # every frequency but the first, and of an even width the last, stands for its negative too
+    shares = (2 - (columns == 0).to(x.dtype) - (2 * columns == width).to(x.dtype)) / width.to(x.dtype)
+    height = torch.scalar_tensor(x.shape[1], device=x.device, dtype=x.dtype)
+    x = x.permute(0, 3, 1, 2)
+    real, imaginary = x @ cos_columns, -(x @ sin_columns)  # (B, C, H, W // 2 + 1)
+    real, imaginary = cos_rows @ real + sin_rows @ imaginary, cos_rows @ imaginary - sin_rows @ real
+    factor, other = gate.permute(3, 2, 0, 1).unbind(0)
+    real, imaginary = real * factor - imaginary * other, real * other + imaginary * factor
+    real, imaginary = cos_rows @ real - sin_rows @ imaginary, cos_rows @ imaginary + sin_rows @ real
+    x = (real * shares) @ cos_columns.t() - (imaginary * shares) @ sin_columns.t()
+    return (x / height).permute(0, 2, 3, 1)
+
+
+def _waves(size: int, frequencies: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2 pi n k / size, (size, frequencies)."""
+    length = torch.scalar_tensor(size, device=like.device, dtype=torch.int64)
+    turns = torch.arange(size, device=like.device).unsqueeze(1) * torch.arange(frequencies, device=like.device)
+    angle = 2 * math.pi * (turns % length).to(like.dtype) / length.to(like.dtype)
+    return angle.cos(), angle.sin()
 
 
 class SpectralGatingNetwork(nn.Module):

@@ -23,6 +23,7 @@ from zoo.models.spectformer import (
     SpectFormerVanilla,
     SpectralGatingNetwork,
     checkpoint_filter_fn,
+    gate_by_products,
     resize_gate,
     spectral_gate,
 )
@@ -289,3 +290,11 @@ def test_layer_groups() -> None:
     assert groups["stages.1.downsample.proj.weight"] == groups["stages.1.blocks.0.norm1.weight"]
     assert groups["head.class_block.norm1.weight"] == groups["head.aux.weight"] == max(groups.values())
     assert vanilla().no_weight_decay() == {"stem.pos_embed"}
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (5, 12), (14, 11), (1, 4), (33, 2)])
+def test_gates_by_products(size: tuple[int, int]) -> None:
+    """The same map without a transform, for ONNX; gates that no real kernel has too."""
+    x = torch.randn(2, *size, 3, dtype=torch.float64)
+    gate = torch.randn(size[0], size[1] // 2 + 1, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(gate_by_products(x, gate), spectral_gate(x, gate), rtol=1e-10, atol=1e-10)
