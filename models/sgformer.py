@@ -102,9 +102,20 @@ def orders(significance: Tensor) -> Tensor:
         significance: (B, H, W).
     """
     H, W = significance.shape[1], significance.shape[2]
-    by_rows = significance.flatten(1).argsort(dim=1, stable=True)
-    by_columns = significance.transpose(1, 2).flatten(1).argsort(dim=1, stable=True)
-    return torch.cat((by_rows, by_columns % H * W + by_columns.div(H, rounding_mode="floor")))
+    by_rows = _order(significance.flatten(1))
+    by_columns = _order(significance.transpose(1, 2).flatten(1))
+    # tensors, for ONNX has no remainder by a size
+    height = torch.scalar_tensor(H, device=by_rows.device, dtype=torch.int64)
+    width = torch.scalar_tensor(W, device=by_rows.device, dtype=torch.int64)
+    return torch.cat((by_rows, by_columns % height * width + by_columns.div(height, rounding_mode="floor")))
+
+
+def _order(values: Tensor) -> Tensor:
+    """The places of ascending values, equal ones in their order, along (B, N)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (on a line of its own, as TorchScript wants it)
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return values.sort(dim=1).indices  # to ONNX's TopK, which keeps the order of equal values
+    return values.argsort(dim=1, stable=True)
 
 
 def grouped(tokens: Tensor, order: Tensor, begin: int, end: int, shares: int, group: int) -> Tensor:
