@@ -490,10 +490,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory_child(options)
         return 0
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        """What is known so far."""
+        if options.out:
+            command = command_line("models", sys.argv[1:] if arguments is None else arguments)
+            found = environment(options.device, options.threads, command)
+            options.out.write_text(json.dumps({"environment": found, "results": rows}, indent=2) + "\n")
+
     if options.scaling:
         for name in SCALING:
             rows.append(scaling(name, options))
+            write()
             print(
                 f"{name:<24} {rows[-1]['ns_per_pixel']} ns a pixel, spread {100 * rows[-1]['spread']:.0f} %", flush=True
             )
@@ -501,11 +510,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for entry in ENTRIES:
             if not options.model or entry.name in options.model:
                 rows.append(measure(entry, options))
+                write()
                 print(_line(rows[-1]), flush=True)
-    if options.out:
-        command = command_line("models", sys.argv[1:] if arguments is None else arguments)
-        found = environment(options.device, options.threads, command)
-        options.out.write_text(json.dumps({"environment": found, "results": rows}, indent=2) + "\n")
     allowed = 1e-2 if options.dtype == "float32" else 1e-1  # of the logits' standard deviation
     return int(any(row.get("difference", 0) > allowed for row in rows))
 
