@@ -159,8 +159,8 @@ def test_published_weights_know_imagenets_names() -> None:
         num_classes = 1000
         pretrained_cfg = {"label_names": None}
 
-    names = evaluation._published_labels(Head(), [known[7], known[3]])
+    names = evaluation.published_labels(Head(), [known[7], known[3]])
     assert names == known
     assert [match_labels(Named([known[7], known[3]]), names, "x")[i][1] for i in range(2)] == [7, 3]
-    assert evaluation._published_labels(Head(), ["cat", "dog"]) is None
+    assert evaluation.published_labels(Head(), ["cat", "dog"]) is None
     assert torch.tensor(len(known)) == 1000
