@@ -298,8 +298,13 @@ def _shape_arguments(q: Like, k: Like, v: Like, height: Axis, width: Axis) -> di
 
 
 def _unroll(layout: _Layout, q: Like) -> bool:
-    """Whether the blocks of a box are written out one after the other; in float32 ptxas runs out of registers then."""
-    return layout.blocks == 1 or (layout.chunks <= _MOST_UNROLLED and q.dtype != torch.float32)
+    """Whether the blocks of a box are written out one after the other, where registers suffice for it: not in float32,
+    and not for the gradients of keys on AMD's GPUs, where it costs 2 KiB of stack.
+    """
+    if layout.blocks == 1:
+        return True
+    scarce = q.dtype == torch.float32 or (layout.reverse and torch.version.hip is not None)
+    return layout.chunks <= _MOST_UNROLLED and not scarce
 
 
 def _stride_arguments(**tensors: Like) -> dict[str, int]:
@@ -627,15 +632,18 @@ def _backward_configs(call: _Backward) -> dict[str, tuple[Config, ...]]:
     q, v, height, width = call.q, call.v, call.height, call.width
     area = _area(height, width, False)
     configs = _configs(q, v, area, 3)
-    if call.extent is None and not call.mask and _in_one_pass(height, width, call.heads, q.device):
-        if q.dtype == torch.float32:
-            configs = [c for c in configs if c.stages == 1]
+    # five float32 products in one block, each three of tf32, are too much for ptxas: 7 to 9 KiB of stack but for sm_90
+    whole = q.dtype != torch.float32 and call.extent is None and not call.mask
+    if whole and _in_one_pass(height, width, call.heads, q.device):
         return {"square": tuple(configs)}
     if call.extent is not None and q.dtype == torch.float32:
         configs = [c for c in configs if c.tile < _SQUARE]  # relative positions need registers of their own
     elif call.bias is not None and area > configs[0].columns:
         configs = [replace(configs[0], columns=min(configs[0].columns, 32)), *configs]  # as do sums
-    return {"rows": tuple(configs), "columns": tuple(_configs(q, v, _area(height, width, True), 2))}
+    passes = {"rows": configs, "columns": _configs(q, v, _area(height, width, True), 2)}
+    if q.dtype == torch.float32:  # blocks of 64 spill up to 8 KiB for sm_80
+        passes = {name: [replace(c, columns=min(c.columns, 32)) for c in found] for name, found in passes.items()}
+    return {name: tuple(dict.fromkeys(found)) for name, found in passes.items()}
 
 
 @_memo
