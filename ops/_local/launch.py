@@ -633,8 +633,8 @@ def _backward_configs(call: _Backward) -> dict[str, tuple[Config, ...]]:
     area = _area(height, width, False)
     configs = _configs(q, v, area, 3)
     # five float32 products in one block, each three of tf32, are too much for ptxas: 7 to 9 KiB of stack but for sm_90
-    whole = q.dtype != torch.float32 and call.extent is None and not call.mask
-    if whole and _in_one_pass(height, width, call.heads, q.device):
+    plain = q.dtype != torch.float32 and call.extent is None and not call.mask
+    if plain and _in_one_pass(height, width, call.heads, q.device):
         return {"square": tuple(configs)}
     if call.extent is not None and q.dtype == torch.float32:
         configs = [c for c in configs if c.tile < _SQUARE]  # relative positions need registers of their own

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from offline import TARGETS, kernels
 from triton_cases import (
     CASES,
     DEVICE,
@@ -34,7 +33,10 @@ from triton_cases import (
 from zoo import ops
 
 pytest.importorskip("triton")
+from offline import TARGETS, kernels, name_of
+
 ROOT = Path(__file__).parents[2]
+DTYPES = ("bfloat16", "float16", "float32")
 COMPILED = ROOT / "benchmarks" / "results" / "compiled.json"
 
 
@@ -104,7 +106,7 @@ def test_compiles_for_a_gpu_that_is_not_there() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_more_gpus(target: str, dtype: str, tmp_path: Path) -> None:
     """No kernel spills more than the target's bound, nor, with the same compiler, more than the committed table says;
@@ -121,10 +123,8 @@ def test_compiles_for_more_gpus(target: str, dtype: str, tmp_path: Path) -> None
 def test_committed_table_of_machine_code() -> None:
     """Every GPU and dtype is in it, every kernel in half precision, none above the bound of its GPU."""
     table = json.loads(COMPILED.read_text())
-    dtypes = ("bfloat16", "float16", "float32")
-    assert sorted(table) == sorted(f"{target} {dtype}" for target in TARGETS for dtype in dtypes)
-    full = {f"{k.fn.__module__}.{k.fn.__name__}" for k in kernels()}
-    names = {name.removeprefix("zoo.ops.").replace(".kernels", "") for name in full}
+    assert sorted(table) == sorted(f"{target} {dtype}" for target in TARGETS for dtype in DTYPES)
+    names = {name_of(kernel) for kernel in kernels()}
     assert len(names) > 20
     for key, entry in table.items():
         target, dtype = key.split()

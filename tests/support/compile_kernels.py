@@ -20,7 +20,7 @@ import triton
 
 if sys.argv[1].startswith("gfx"):
     torch.version.hip = "offline"  # the kernels ask it for the precision of their products
-from offline import TARGETS, compile_only, kernels
+from offline import TARGETS, compile_only, kernels, name_of
 
 from zoo.ops import examples
 
@@ -61,7 +61,7 @@ def table(target: str, dtype: str) -> dict[str, dict[str, int]]:
     with compile_only(target) as compiled:
         run(getattr(torch, dtype))
     launched = {id(kernel) for kernel, _ in compiled}
-    missing = sorted(f"{k.__module__}.{k.__name__}" for k in kernels() if id(k) not in launched)
+    missing = sorted(name_of(k) for k in kernels() if id(k) not in launched)
     missing = [name for name in missing if not name.endswith(FORMS)]
     assert not missing, f"no example tagged 'compile' launches {', '.join(missing)}"
     found: dict[str, dict[str, int]] = {}
@@ -69,7 +69,7 @@ def table(target: str, dtype: str) -> dict[str, dict[str, int]]:
         asm = binary.asm
         registers, stack = usage(asm["cubin"]) if "cubin" in asm else usage_amd(asm["amdgcn"])
         row = {"shared": binary.metadata.shared, "registers": registers, "stack": stack}
-        name = f"{kernel.__module__}.{kernel.__name__}".removeprefix("zoo.ops.").replace(".kernels", "")
+        name = name_of(kernel)
         known = found.setdefault(name, row)
         found[name] = {key: max(known[key], row[key]) for key in row}
     return found

@@ -84,7 +84,7 @@ def compile_only(target: str = "sm_90") -> Iterator[Compiled]:
     refused as a GPU refuses it, so that the launchers' next configuration is compiled.
     """
     compiled = Compiled()
-    gpu, shared, _ = TARGETS[target]
+    gpu, shared = TARGETS[target].gpu, TARGETS[target].shared
 
     def launcher(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -110,3 +110,8 @@ def kernels() -> list[Any]:
             contents = vars(importlib.import_module(module.name)).items()
             found += [x for n, x in contents if hasattr(x, "fn") and n.endswith("_kernel")]
     return found
+
+
+def name_of(kernel: Any) -> str:
+    """What tables call a kernel: its folder and its name."""
+    return f"{kernel.fn.__module__}.{kernel.fn.__name__}".removeprefix("zoo.ops.").replace(".kernels", "")
